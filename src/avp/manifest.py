@@ -1,0 +1,279 @@
+"""The manifest of a bundle: what it says, read with suspicion (docs/spec/bundle.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from avp.buffers import STORAGE
+from avp.context import KINDS, LATENT, PAGE, SEGMENT, Context, Exactness, Turn, page_id, root_page, worst
+from avp.errors import BundleError, LimitExceeded, UnsupportedBundle, UsageError
+from avp.identity import ModelIdentity, canonical_json, identity_from_json, identity_to_json
+
+VERSION = 1
+_ASK = "Fix: ask the sender for a valid bundle."
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a reader accepts; each is checked before anything is allocated for it.
+
+    bytes: of the whole bundle. header: bytes of its JSON. tensors, layers, tokens: counts. ratio: bytes of a decoded
+    tensor over bytes that came in.
+    """
+
+    bytes: int = 2**36
+    header: int = 2**25
+    tensors: int = 2**18
+    layers: int = 1024
+    tokens: int = 2**20
+    ratio: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentEntry:
+    """One segment in the manifest; `digests` are the xxh3-128 of its tensors in file order, 16 bytes each."""
+
+    start: int
+    count: int
+    pages: tuple[str, ...]
+    codec: str
+    dtype: str
+    exactness: Exactness
+    digests: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenEntry:
+    """The hidden states in the manifest."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle holds, from its header alone."""
+
+    kind: str
+    model: ModelIdentity | None
+    tokens: tuple[int, ...]
+    length: int
+    turns: tuple[Turn, ...]
+    template: Mapping[str, object]
+    exactness: Exactness
+    segments: tuple[SegmentEntry, ...]
+    hidden: HiddenEntry | None
+
+
+def manifest_to_json(context: Context, segments: list[SegmentEntry], hidden: HiddenEntry | None) -> str:
+    """The manifest of a context: deterministic, so equal contexts give equal bytes."""
+    value: dict[str, object] = {
+        "avp": VERSION,
+        "kind": context.kind,
+        "model": identity_to_json(context.model) if context.model else None,
+        "tokens": list(context.tokens),
+        "length": context.length,
+        "turns": [{"message": dict(turn.message), "opaque": turn.opaque and list(turn.opaque)} for turn in context.turns],
+        "template": dict(context.template),
+        "exactness": context.exactness.label,
+        "segments": [
+            {
+                "start": entry.start,
+                "count": entry.count,
+                "pages": "".join(entry.pages),
+                "codec": entry.codec,
+                "dtype": entry.dtype,
+                "exactness": entry.exactness.label,
+                "digests": entry.digests.hex(),
+            }
+            for entry in segments
+        ],
+        "hidden": hidden and {"dtype": hidden.dtype, "shape": list(hidden.shape), "digest": hidden.digest.hex()},
+    }
+    return canonical_json(value)
+
+
+def parse_json(raw: bytes, limits: Limits) -> dict[str, object]:
+    """A JSON object without duplicate keys, NaN or more nesting than Python bears; its size is the caller's to bound."""
+    if raw.count(b"{") + raw.count(b"[") > 3 * limits.tensors + 65536:
+        raise LimitExceeded(f"the header holds more lists and objects than {limits.tensors} tensors need. Fix: raise Limits.tensors.")
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise BundleError(f"the header is nested too deeply. {_ASK}") from None
+    except UnicodeDecodeError as error:
+        raise BundleError(f"the header is not UTF-8 ({error.reason} at byte {error.start}). {_ASK}") from error
+    except BundleError:
+        raise
+    except ValueError as error:
+        raise BundleError(f"the header is not JSON: {error}. {_ASK}") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"the header is a JSON {type(value).__name__}, not an object. {_ASK}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BundleError(f"the header has the key {twice[:80]!r} twice. {_ASK}")
+    return value
+
+
+def _no_constant(name: str) -> object:
+    raise BundleError(f"the header holds {name}, which is not JSON. {_ASK}")
+
+
+def parse_manifest(value: Mapping[str, object], limits: Limits) -> Manifest:
+    """The manifest, every field checked.
+
+    Raises:
+        UnsupportedBundle: another format version or kind, an unknown dtype.
+        LimitExceeded: more tokens or layers than allowed.
+        BundleError: a field is missing, unknown, of the wrong type or in contradiction to another.
+    """
+    if value.get("avp") != VERSION or isinstance(value.get("avp"), bool):
+        raise UnsupportedBundle(f"the bundle has format version {value.get('avp')!r}; this reader knows {VERSION}. Fix: upgrade avp.")
+    expected = {"avp", "kind", "model", "tokens", "length", "turns", "template", "exactness", "segments", "hidden"}
+    if set(value) != expected:
+        raise BundleError(f"the manifest's fields differ from format {VERSION}: {sorted(expected ^ set(value))}. {_ASK}")
+    kind = value["kind"]
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UnsupportedBundle(f"the bundle is of the unknown kind {kind!r}. Fix: upgrade avp; known are {', '.join(KINDS)}.")
+    model = None if value["model"] is None else identity_from_json(value["model"], max_layers=limits.layers)
+    tokens = _tokens(value["tokens"], limits)
+    length = _int(value["length"], "length", 0, len(tokens))
+    template = value["template"]
+    if not isinstance(template, dict):
+        raise BundleError(f"the manifest's template is no object. {_ASK}")
+    segments = _segments(value["segments"], model, tokens[:length])
+    exactness = worst([_exactness(value["exactness"]), *(entry.exactness for entry in segments)])
+    hidden = _hidden(value["hidden"])
+    _check_kind(kind, model, length, segments, hidden)
+    return Manifest(kind, model, tokens, length, _turns(value["turns"], len(tokens)), template, exactness, segments, hidden)
+
+
+def _check_kind(
+    kind: str, model: ModelIdentity | None, length: int, segments: tuple[SegmentEntry, ...], hidden: HiddenEntry | None
+) -> None:
+    if kind != "kv" and (segments or length):
+        raise BundleError(f"a bundle of kind {kind} holds KV. {_ASK}")
+    if kind == "hidden" and hidden is None:
+        raise BundleError(f"a bundle of kind hidden holds no hidden states. {_ASK}")
+    if kind != "text" and model is None:
+        raise BundleError(f"a bundle of kind {kind} names no model. {_ASK}")
+
+
+def _tokens(value: object, limits: Limits) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise BundleError(f"the manifest's tokens are no list. {_ASK}")
+    if len(value) > limits.tokens:
+        raise LimitExceeded(f"the bundle holds {len(value)} tokens; at most {limits.tokens} are allowed. Fix: raise Limits.tokens.")
+    if set(map(type, value)) - {int} or (value and not (min(value) >= LATENT and max(value) < 2**31)):
+        raise BundleError(f"the manifest's tokens are not all ids from -1 to 2^31-1. {_ASK}")
+    return tuple(value)
+
+
+def _int(value: object, name: str, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise BundleError(f"the manifest's {name} is {str(value)[:80]}, not a whole number from {low} to {high}. {_ASK}")
+    return value
+
+
+def _exactness(value: object) -> Exactness:
+    try:
+        return Exactness.parse(str(value))
+    except UsageError as error:
+        raise UnsupportedBundle(f"the bundle's exactness is {str(value)[:80]!r}. {_ASK}") from error
+
+
+def _hex(value: object, name: str) -> bytes:
+    try:
+        digits = bytes.fromhex(value) if isinstance(value, str) else None
+    except ValueError:
+        digits = None
+    if digits is None or digits.hex() != value:
+        raise BundleError(f"the manifest's {name} are no lower-case hex digits. {_ASK}")
+    return digits
+
+
+def _dtype(value: object) -> str:
+    if not isinstance(value, str) or value not in STORAGE:
+        raise UnsupportedBundle(f"the bundle holds the unknown dtype {str(value)[:80]!r}. Fix: upgrade avp; known are {', '.join(STORAGE)}.")
+    return value
+
+
+def _turns(value: object, positions: int) -> tuple[Turn, ...]:
+    if not isinstance(value, list):
+        raise BundleError(f"the manifest's turns are no list. {_ASK}")
+    turns: list[Turn] = []
+    for item in value:
+        if not isinstance(item, dict) or set(item) != {"message", "opaque"} or not isinstance(item["message"], dict):
+            raise BundleError(f"a turn of the manifest is no message. {_ASK}")
+        if not isinstance(item["message"].get("role", "user"), str):
+            raise BundleError(f"a message's role is no string. {_ASK}")
+        opaque = item["opaque"]
+        if opaque is not None:
+            if not isinstance(opaque, list) or len(opaque) != 2:
+                raise BundleError(f"a turn's opaque positions are no pair. {_ASK}")
+            start = _int(opaque[0], "opaque start", 0, positions)
+            opaque = (start, _int(opaque[1], "opaque stop", start, positions))
+        turns.append(Turn(item["message"], opaque))
+    return tuple(turns)
+
+
+def _hidden(value: object) -> HiddenEntry | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "digest"} or not isinstance(value["shape"], list):
+        raise BundleError(f"the manifest's hidden states have other fields than dtype, shape, digest. {_ASK}")
+    shape = tuple(_int(size, "hidden shape", 0, 2**31) for size in value["shape"])
+    digest = _hex(value["digest"], "hidden digest")
+    if len(shape) != 2 or len(digest) != 16:
+        raise BundleError(f"the manifest's hidden states are not [n, hidden] with a digest of 16 bytes. {_ASK}")
+    return HiddenEntry(_dtype(value["dtype"]), shape, digest)
+
+
+def _segments(value: object, model: ModelIdentity | None, tokens: tuple[int, ...]) -> tuple[SegmentEntry, ...]:
+    if not isinstance(value, list) or (value and model is None):
+        raise BundleError(f"the manifest's segments are no list, or belong to no model. {_ASK}")
+    entries: list[SegmentEntry] = []
+    stop, parent = 0, root_page(model) if model is not None else None
+    for item in value:
+        entry = _segment(item, len(tokens))
+        if entry.start < stop:
+            raise BundleError(f"the segments overlap or are out of order at position {entry.start}. {_ASK}")
+        parent = _check_pages(entry, tokens, parent if entry.start == stop else None)
+        stop = entry.start + entry.count
+        entries.append(entry)
+    return tuple(entries)
+
+
+def _segment(item: object, length: int) -> SegmentEntry:
+    fields = {"start", "count", "pages", "codec", "dtype", "exactness", "digests"}
+    if not isinstance(item, dict) or set(item) != fields or not isinstance(item["codec"], str):
+        raise BundleError(f"a segment must have just the fields {', '.join(sorted(fields))}. {_ASK}")
+    start = _int(item["start"], "segment start", 0, length)
+    count = _int(item["count"], "segment count", 1, min(SEGMENT, length - start))
+    pages = _hex(item["pages"], "pages")
+    if start % PAGE or len(pages) != 32 * -(-count // PAGE):
+        raise BundleError(f"a segment's start is no multiple of {PAGE}, or its page ids are not one for each page. {_ASK}")
+    ids = tuple(pages[i : i + 32].hex() for i in range(0, len(pages), 32))
+    digests = _hex(item["digests"], "digests")
+    return SegmentEntry(start, count, ids, item["codec"], _dtype(item["dtype"]), _exactness(item["exactness"]), digests)
+
+
+def _check_pages(entry: SegmentEntry, tokens: tuple[int, ...], parent: str | None) -> str:
+    """Page ids follow from token ids: one that does not is a lie. Where there are latent positions, it cannot be told."""
+    stop = entry.start + entry.count
+    for i, page in enumerate(entry.pages):
+        start = entry.start + i * PAGE
+        run = tokens[start : min(start + PAGE, stop)]
+        if parent is not None and LATENT not in run and page_id(parent, run) != page:
+            raise BundleError(f"the id of the page at position {start} does not follow from its token ids. {_ASK}")
+        parent = page
+    return parent or ""

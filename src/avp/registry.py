@@ -1,0 +1,67 @@
+"""Names to plug-ins, through Python's entry points; built-ins register in the same way as anybody else's."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, cast
+
+from avp.errors import MissingExtra, UsageError
+
+if TYPE_CHECKING:
+    from avp.protocols import Codec, Projection
+
+# The extra that brings a module, for the message of MissingExtra.
+_EXTRAS = (
+    ("torch", "hf"),
+    ("transformers", "hf"),
+    ("gguf", "hf"),
+    ("jinja2", "hf"),
+    ("zstandard", "zstd"),
+    ("click", "cli"),
+    ("rich", "cli"),
+    ("matplotlib", "bench"),
+    ("psutil", "bench"),
+)
+
+
+def names(group: str) -> tuple[str, ...]:
+    """Names registered under `group` ("avp.codecs", "avp.projections", "avp.connectors"), sorted."""
+    return tuple(sorted({point.name for point in entry_points(group=group)}))
+
+
+def missing_extra(error: ImportError, *, feature: str) -> MissingExtra:
+    """The `MissingExtra` to raise from an ImportError of an optional library."""
+    module = (error.name or "").partition(".")[0]
+    extra = dict(_EXTRAS).get(module, "hf")
+    return MissingExtra(f'{feature} needs {module or "a library"}, which is not installed. Fix: pip install "avp[{extra}]"')
+
+
+@cache
+def load(group: str, name: str) -> object:
+    """The object registered under `name`.
+
+    Raises:
+        UsageError: nothing has that name.
+        MissingExtra: its library is not installed.
+    """
+    for point in entry_points(group=group):
+        if point.name == name:
+            try:
+                return cast(object, point.load())
+            except ImportError as error:
+                raise missing_extra(error, feature=f"{group.removeprefix('avp.').removesuffix('s')} {name!r}") from error
+    raise UsageError(
+        f"no {group.removeprefix('avp.').removesuffix('s')} is named {name!r}. "
+        f"Fix: use one of {', '.join(names(group)) or 'none (is avp installed?)'}, or install the package that brings it."
+    )
+
+
+def codec(name: str) -> Codec:
+    """The codec named `name`; raises as `load`."""
+    return cast("Codec", load("avp.codecs", name))
+
+
+def projection(name: str) -> Projection:
+    """The projection named `name`; raises as `load`."""
+    return cast("Projection", load("avp.projections", name))
