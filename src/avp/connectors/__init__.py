@@ -1,0 +1,1 @@
+"""Connectors: one adapter to an engine a file, registered under the entry points `avp.connectors`."""

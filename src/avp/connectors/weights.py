@@ -1,0 +1,94 @@
+"""Fingerprints of a loaded transformers model and of its tokenizer.
+
+The weights' fingerprint is BLAKE3 over name, shape and values of every tensor, values rounded to bfloat16, so that one
+checkpoint has one fingerprint whatever dtype it is loaded in. Tensors up to `WHOLE` elements count entirely; of a larger
+one every row gives `PER_ROW` values at columns that shift from row to row, so that a change of any row or column shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from avp.identity import canonical_json, fingerprint
+
+WHOLE = 2**25
+PER_ROW = 8
+_NOTE = ".avp-fingerprint.json"
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """The fingerprint of the model's weights, tied ones once, loaded and active adapters included."""
+    return fingerprint(_entries(model))
+
+
+def _entries(model: PreTrainedModel) -> Iterator[tuple[str, list[int], bytes]]:
+    state = model.state_dict()
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name in sorted(state, key=lambda each: ("lm_head" in each, each)):
+        tensor = state[name]
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place in seen and tensor.numel():
+            continue
+        seen.add(place)
+        yield name, list(tensor.shape), _values(tensor)
+    if _has_adapters(state):
+        yield "active adapters", [], canonical_json(sorted(model.active_adapters())).encode()
+
+
+def _has_adapters(state: dict[str, torch.Tensor]) -> bool:
+    return any(".lora_" in name for name in state)
+
+
+def _values(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach()
+    if tensor.numel() > WHOLE and tensor.ndim > 1:
+        rows = flat.reshape(flat.shape[0], -1)
+        width = rows.shape[1]
+        start = torch.arange(rows.shape[0], device=rows.device) * 7919
+        columns = (start[:, None] + torch.arange(PER_ROW, device=rows.device) * (width // PER_ROW)) % width
+        flat = rows.gather(1, columns)
+    if flat.is_floating_point():
+        flat = flat.to(torch.bfloat16).view(torch.uint16)
+    return flat.contiguous().cpu().numpy().tobytes()
+
+
+def kept_fingerprint(checkpoint: Path) -> str | None:
+    """The fingerprint noted beside the checkpoint, if its weight files are still those it was taken of."""
+    try:
+        kept = json.loads((checkpoint / _NOTE).read_text())
+        return str(kept["weights"]) if kept["stamp"] == _stamp(checkpoint) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep_fingerprint(checkpoint: Path, weights: str) -> None:
+    """Note the fingerprint beside the checkpoint, bound to path, size and time of its weight files, if that can be written."""
+    with contextlib.suppress(OSError):
+        (checkpoint / _NOTE).write_text(json.dumps({"stamp": _stamp(checkpoint), "weights": weights}))
+
+
+def _stamp(checkpoint: Path) -> list[list[str | int]]:
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in weight_files(checkpoint)]
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files that hold the weights, resolved, sorted."""
+    return sorted(file.resolve() for pattern in ("*.safetensors", "*.bin") for file in checkpoint.glob(pattern))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """BLAKE3 of everything that turns text into ids: vocabulary, merges, normalizer, pre-tokenizer, special tokens."""
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = sorted(tokenizer.get_vocab().items())
+    return blake3(canonical_json(rules).encode()).hexdigest()
