@@ -1,5 +1,9 @@
-"""For tests of AVP and of its plug-ins: synthetic contexts, tiny models, one conformance suite per plug point."""
+"""For tests of AVP and of its plug-ins: synthetic contexts, tiny models, one conformance suite per plug point.
 
+Tiny models need transformers, and are imported from `avp.testing.tiny`.
+"""
+
+from avp.testing.conformance import ConnectorConformance
 from avp.testing.synthetic import synthetic_context
 
-__all__ = ["synthetic_context"]
+__all__ = ["ConnectorConformance", "synthetic_context"]
