@@ -59,7 +59,7 @@ class Buffer:
         return self.array.size * self.array.itemsize
 
     def runs(self) -> Iterator[memoryview]:
-        """The bytes in order, as few contiguous pieces as the layout allows; none of them is a copy of a contiguous run."""
+        """The bytes in order, as few pieces as the layout allows; none is a copy of a contiguous run."""
         if self.array.size == 0:
             return
         if self.array.flags.c_contiguous:
@@ -80,5 +80,7 @@ def from_memory(memory: memoryview, *, dtype: str, shape: tuple[int, ...]) -> Bu
         UsageError: the dtype is unknown, or the bytes are not as many as the shape needs.
     """
     if len(memory) != prod(shape) * itemsize(dtype):
-        raise UsageError(f"{len(memory)} bytes are not a {dtype} tensor of shape {list(shape)}. Fix: pass all of its bytes.")
+        raise UsageError(
+            f"{len(memory)} bytes are not a {dtype} tensor of shape {list(shape)}. Fix: pass all of its bytes."
+        )
     return Buffer(dtype, np.frombuffer(memory, dtype=STORAGE[dtype]).reshape(shape))

@@ -10,29 +10,33 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, zip_longest
-from math import prod
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import xxhash
 
 from avp import registry
-from avp.buffers import Buffer, from_memory, itemsize
+from avp.buffers import Buffer, from_memory
 from avp.context import Context, Segment, worst
-from avp.errors import BundleError, DigestMismatch, LimitExceeded, TruncatedBundle, UnsupportedBundle, UsageError
+from avp.errors import BundleError, DigestMismatch, LimitExceeded, TruncatedBundle, UsageError
 from avp.manifest import HiddenEntry, Limits, Manifest, SegmentEntry, manifest_to_json, parse_json, parse_manifest
-from avp.identity import LayerLayout
 from avp.protocols import Codec
+from avp.table import (
+    OPENING,
+    check_table,
+    find_codec,
+    header_text,
+    implied_parts,
+    layer_shape,
+    part_bounds,
+    written_parts,
+)
 
 __all__ = ["Limits", "Manifest", "load", "pack", "peek", "unpack", "write"]
 
-_CODES: Mapping[str, str] = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"})
 _ALIGN = 64  # the header is padded so that tensors start on a cache line
-_ASK = "Fix: ask the sender for a valid bundle."
 
 
 # --- writing
@@ -51,9 +55,9 @@ def write(context: Context, path: str | os.PathLike[str], *, codec: str = "raw")
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb", buffering=0) as file:
-            size = file.write(header)
-            for tensor in tensors:
-                for run in tensor.runs():
+            size = 0
+            for runs in ([memoryview(header)], *(tensor.runs() for tensor in tensors)):
+                for run in runs:
                     _write_all(file.fileno(), run)
                     size += len(run)
         os.replace(name, target)
@@ -100,24 +104,10 @@ def _lay_out(context: Context, codec_name: str) -> tuple[bytes, list[Buffer]]:
 
 
 def _header(manifest: str, named: list[tuple[str, Buffer]]) -> bytes:
-    parts = [_part("", buffer.dtype, buffer.shape, 0) for _, buffer in named]
-    bounds = list(accumulate([part.size for part in parts], initial=0))
-    text = _header_text(manifest, [name for name, _ in named], parts, bounds).encode()
+    parts = written_parts([buffer for _, buffer in named])
+    text = header_text(manifest, [name for name, _ in named], parts, part_bounds(parts)).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
     return struct.pack("<Q", len(text)) + text
-
-
-_OPENING = '{"__metadata__":{"avp":'
-
-
-def _header_text(manifest: str, names: list[str], parts: list[_Part], bounds: list[int]) -> str:
-    """The JSON of a header, as this writer writes it: one spelling for one content."""
-    rows = [
-        f'"{name}":{{{part.text},"data_offsets":[{begin},{end}]}}'
-        for name, part, begin, end in zip(names, parts, bounds, bounds[1:], strict=False)
-    ]
-    opening = _OPENING + json.dumps(manifest, ensure_ascii=False) + ',"format":"avp"}'
-    return ",".join([opening, *rows]) + "}"
 
 
 def _digest(buffer: Buffer) -> bytes:
@@ -138,6 +128,15 @@ def peek(head: bytes | memoryview, *, limits: Limits | None = None) -> Manifest:
     return _read_header(view, size, limits)[0]
 
 
+def tensor_sizes(head: bytes | memoryview, *, limits: Limits | None = None) -> dict[str, int]:
+    """Stored bytes of each tensor, by name in file order, from a bundle's first bytes. Raises as `unpack`."""
+    limits = limits or Limits()
+    view = memoryview(head).cast("B")
+    manifest, bounds = _read_header(view, header_size(view, limits=limits), limits)
+    names, _ = implied_parts(manifest, limits)
+    return {name: end - begin for name, (begin, end) in zip(names, pairwise(bounds), strict=True)}
+
+
 def header_size(head: bytes | memoryview, *, limits: Limits | None = None) -> int:
     """Bytes from the start to the first tensor, told by the first eight.
 
@@ -146,11 +145,14 @@ def header_size(head: bytes | memoryview, *, limits: Limits | None = None) -> in
     """
     limits = limits or Limits()
     if len(head) < 8:
-        raise TruncatedBundle(f"the bundle has {len(head)} bytes; its header's length alone takes 8. Fix: send the whole bundle.")
+        raise TruncatedBundle(
+            f"the bundle has {len(head)} bytes; its header's length alone takes 8. Fix: send the whole bundle."
+        )
     size = int(struct.unpack("<Q", bytes(head[:8]))[0])
     if size > limits.header:
         raise LimitExceeded(
-            f"the header claims {size} bytes; at most {limits.header} are allowed. Fix: raise Limits.header, or this is no bundle."
+            f"the header claims {size} bytes; at most {limits.header} are allowed. "
+            "Fix: raise Limits.header, or this is no bundle."
         )
     return 8 + size
 
@@ -168,13 +170,18 @@ def unpack(data: bytes | bytearray | memoryview, *, limits: Limits | None = None
     limits = limits or Limits()
     view = memoryview(data).toreadonly().cast("B")
     if len(view) > limits.bytes:
-        raise LimitExceeded(f"the bundle has {len(view)} bytes; at most {limits.bytes} are allowed. Fix: raise Limits.bytes.")
+        raise LimitExceeded(
+            f"the bundle has {len(view)} bytes; at most {limits.bytes} are allowed. Fix: raise Limits.bytes."
+        )
     size = header_size(view, limits=limits)
     manifest, bounds = _read_header(view, size, limits)
     end = bounds[-1]
     if len(view) - size != end:
         error = TruncatedBundle if len(view) - size < end else BundleError
-        raise error(f"{len(view) - size} bytes of tensors came where the header declares {end}. Fix: send the whole bundle, and only it.")
+        raise error(
+            f"{len(view) - size} bytes of tensors came where the header declares {end}. "
+            "Fix: send the whole bundle, and only it."
+        )
     context, sources = _to_context(view[size:], manifest, bounds)
     if verify == "now":
         for source in sources:
@@ -191,20 +198,6 @@ def load(path: str | os.PathLike[str], *, limits: Limits | None = None, verify: 
     return unpack(memoryview(mapped), limits=limits, verify=verify)
 
 
-class _Part(NamedTuple):
-    """One tensor as the manifest implies it: `name` within its segment, and its dtype and shape.
-
-    Shape None: bytes of any length, that decode to `logical` bytes. `text` is dtype and shape as the header spells them.
-    """
-
-    name: str
-    code: str
-    shape: list[int] | None
-    size: int
-    logical: int
-    text: str
-
-
 def _read_header(view: memoryview, size: int, limits: Limits) -> tuple[Manifest, list[int]]:
     """The manifest, and where tensors begin and end: tensor i has the bytes bounds[i] to bounds[i + 1]."""
     if len(view) < size:
@@ -214,120 +207,47 @@ def _read_header(view: memoryview, size: int, limits: Limits) -> tuple[Manifest,
 
 
 def _read_own(raw: bytes, limits: Limits) -> tuple[Manifest, list[int]] | None:
-    """The short way: a header that is, byte for byte, what this writer makes of its manifest needs no parsing. Else None."""
-    opening = _OPENING.encode()
-    if not raw.startswith(opening + b'"'):
+    """The short way: a header that is, byte for byte, what this writer makes of its manifest. Else None."""
+    if not raw.startswith(OPENING.encode() + b'"'):
         return None
     try:
         text = raw.decode()
-        manifest_text, _ = json.JSONDecoder().raw_decode(text, len(_OPENING))
+        manifest_text, _ = json.JSONDecoder().raw_decode(text, len(OPENING))
     except ValueError:
         return None
-    manifest = parse_manifest(parse_json(manifest_text.encode(errors="surrogatepass"), limits), limits)
-    names, parts = _expected(manifest, limits)
+    manifest = _manifest(manifest_text, limits)
+    names, parts = implied_parts(manifest, limits)
     if len(parts) > limits.tensors or any(part.shape is None for part in parts):
         return None
-    bounds = list(accumulate([part.size for part in parts], initial=0))
-    same = _header_text(manifest_text, names, parts, bounds) == text.rstrip(" ")
+    bounds = part_bounds(parts)
+    same = header_text(manifest_text, names, parts, bounds) == text.rstrip(" ")
     return (manifest, bounds) if same else None
 
 
 def _read_any(raw: bytes, limits: Limits) -> tuple[Manifest, list[int]]:
+    if not raw.startswith(b"{"):
+        raise BundleError('the header does not begin with "{". Fix: pass what Context.to_bytes or save wrote.')
     table = parse_json(raw, limits)
     metadata = table.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != "avp" or not isinstance(metadata.get("avp"), str):
-        raise BundleError("this is no AVP bundle: its __metadata__ holds no manifest. Fix: pass what Context.to_bytes or save wrote.")
-    if len(table) > limits.tensors:
-        raise LimitExceeded(f"the bundle holds {len(table)} tensors; at most {limits.tensors} are allowed. Fix: raise Limits.tensors.")
-    manifest = parse_manifest(parse_json(metadata["avp"].encode(errors="surrogatepass"), limits), limits)
-    return manifest, _check_table(table, manifest, limits)
-
-
-def _check_table(table: dict[str, object], manifest: Manifest, limits: Limits) -> list[int]:
-    """The bounds of the tensors, if the table is just what the manifest implies: names, order, dtypes, shapes, no gaps."""
-    names, parts = _expected(manifest, limits)
-    if list(table) != names:
-        wrong = next(pair for pair in zip_longest(names, table) if pair[0] != pair[1])
-        raise BundleError(f"the manifest implies tensor {wrong[0]} where the header has {str(wrong[1])[:80]}. {_ASK}")
-    entries = list(table.values())
-    for index, part in enumerate(parts):
-        if part.shape is None:
-            parts[index] = _sized(names[index], part, entries[index], limits)
-    bounds = list(accumulate([part.size for part in parts], initial=0))
-    implied = [
-        {"dtype": part.code, "shape": part.shape, "data_offsets": [begin, end]}
-        for part, begin, end in zip(parts, bounds, bounds[1:], strict=False)
-    ]
-    if entries != implied:
-        index = next(i for i, entry in enumerate(entries) if entry != implied[i])
-        raise BundleError(f"tensor {names[index]} is declared as {str(entries[index])[:120]} but must be {implied[index]}. {_ASK}")
-    return bounds
-
-
-def _sized(name: str, part: _Part, entry: object, limits: Limits) -> _Part:
-    """A part of free length, with the length that its entry declares."""
-    shape = entry.get("shape") if isinstance(entry, dict) else None
-    if not (isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and 0 <= shape[0] < 2**40):
-        raise BundleError(f"tensor {name} is declared as {str(entry)[:120]} but must be bytes in one dimension. {_ASK}")
-    if part.logical > limits.ratio * shape[0]:
-        raise LimitExceeded(
-            f"tensor {name} would expand from {shape[0]} to {part.logical} bytes, more than {limits.ratio} times. "
-            "Fix: raise Limits.ratio if the sender is trusted."
+        raise BundleError(
+            "this is no AVP bundle: its __metadata__ holds no manifest. Fix: pass what Context.to_bytes or save wrote."
         )
-    return part._replace(shape=shape, size=shape[0])
+    if len(table) > limits.tensors:
+        raise LimitExceeded(
+            f"the bundle holds {len(table)} tensors; at most {limits.tensors} are allowed. Fix: raise Limits.tensors."
+        )
+    manifest = _manifest(metadata["avp"], limits)
+    return manifest, check_table(table, manifest, limits)
 
 
-def _expected(manifest: Manifest, limits: Limits) -> tuple[list[str], list[_Part]]:
-    """Names and forms of the tensors, in file order."""
-    layers = manifest.model.layout.layers if manifest.model else ()
-    if 2 * len(layers) * len(manifest.segments) > limits.tensors:
-        raise LimitExceeded(f"the manifest declares more than {limits.tensors} tensors. Fix: raise Limits.tensors.")
-    names: list[str] = []
-    parts: list[_Part] = []
-    forms: dict[tuple[str, str, int], list[_Part]] = {}
-    for number, entry in enumerate(manifest.segments):
-        key = (entry.codec, entry.dtype, entry.count)
-        if key not in forms:
-            forms[key] = _segment_parts(_codec(entry.codec), entry, layers)
-        names += [f"{number}{part.name}" for part in forms[key]]
-        parts += forms[key]
-    if manifest.hidden is not None:
-        names.append("hidden")
-        parts.append(_part("", manifest.hidden.dtype, manifest.hidden.shape, 0))
-    return names, parts
-
-
-def _segment_parts(codec: Codec, entry: SegmentEntry, layers: tuple[LayerLayout, ...]) -> list[_Part]:
-    """The tensors of a segment, in file order."""
-    parts: list[_Part] = []
-    for index, layer in enumerate(layers):
-        shape = (layer.kv_heads, entry.count, layer.head_dim)
-        logical = prod(shape) * itemsize(entry.dtype)
-        try:
-            form = codec.parts(entry.dtype, shape)
-        except UsageError as error:
-            raise BundleError(f"codec {codec.name} does not take {entry.dtype}. {_ASK}") from error
-        for letter in ("k", "v"):
-            parts += [_part(f"/{index}/{letter}{suffix}", dtype, size, logical) for suffix, (dtype, size) in form.items()]
-    return parts
-
-
-def _part(name: str, dtype: str, shape: tuple[int, ...] | None, logical: int) -> _Part:
-    size = 0 if shape is None else prod(shape) * itemsize(dtype)
-    text = f'"dtype":"{_CODES[dtype]}","shape":[{",".join(map(str, shape or ()))}]'
-    return _Part(name, _CODES[dtype], None if shape is None else list(shape), size, logical, text)
-
-
-def _codec(name: str) -> Codec:
-    try:
-        return registry.codec(name)
-    except UsageError as error:
-        raise UnsupportedBundle(f"the bundle is written with the unknown codec {name[:80]!r}. Fix: install what brings it, or ask for raw.") from error
+def _manifest(text: str, limits: Limits) -> Manifest:
+    return parse_manifest(parse_json(text.encode(errors="surrogatepass"), limits), limits)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stored:
-    """The tensors of one segment in a bundle: the bytes bounds[i] to bounds[i + 1] of `data`, K then V, layer by layer."""
+    """The tensors of one segment in a bundle: bytes bounds[i] to bounds[i + 1] of `data`, K then V, layer by layer."""
 
     data: memoryview
     codec: Codec
@@ -364,8 +284,8 @@ class _Stored:
 def _check_digest(memory: memoryview, digest: bytes) -> None:
     if xxhash.xxh3_128_digest(memory) != digest:
         raise DigestMismatch(
-            f"{len(memory)} bytes of a tensor are not those that were written (xxh3-128 differs). Nothing of them was used. "
-            "Fix: fetch the bundle again."
+            f"{len(memory)} bytes of a tensor are not those that were written (xxh3-128 differs). "
+            "Nothing of them was used. Fix: fetch the bundle again."
         )
 
 
@@ -375,11 +295,9 @@ def _to_context(data: memoryview, manifest: Manifest, bounds: list[int]) -> tupl
     sources: list[_Stored] = []
     first = 0
     for entry in manifest.segments:
-        codec = _codec(entry.codec)
-        shapes = tuple([(layer.kv_heads, entry.count, layer.head_dim) for layer in layers])
-        count = 2 * len(layers) * len(codec.parts(entry.dtype, shapes[0]))
-        if len(entry.digests) != 16 * count:
-            raise BundleError(f"the segment at position {entry.start} has not one digest of 16 bytes for each of its {count} tensors. {_ASK}")
+        codec = find_codec(entry.codec)
+        shapes = tuple([layer_shape(layer, entry.count) for layer in layers])
+        count = len(entry.digests) // 16
         stored = _Stored(data, codec, entry.dtype, shapes, bounds[first : first + count + 1], entry.digests)
         sources.append(stored)
         tokens = manifest.tokens[entry.start : entry.start + entry.count]

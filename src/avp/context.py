@@ -132,7 +132,8 @@ class Context:
 
     def __repr__(self) -> str:
         model = self.model.id if self.model else "no model"
-        return f"<Context {self.kind}, {self.length} positions, {len(self.pending)} pending, {model}, {self.exactness.label}>"
+        counts = f"{self.length} positions, {len(self.pending)} pending"
+        return f"<Context {self.kind}, {counts}, {model}, {self.exactness.label}>"
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -151,7 +152,7 @@ class Context:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of state that a receiver would hold: KV of all positions, or the hidden states; text counts as UTF-8."""
+        """Bytes of state a receiver would hold: KV of the segments, or the hidden states; text counts as UTF-8."""
         if self.model is not None and self.segments:
             layout = self.model.layout
             return sum(len(segment) * layout.bytes_per_token(segment.dtype) for segment in self.segments)
@@ -169,7 +170,9 @@ class Context:
             raise UsageError("a context can only be cut at its end. Fix: use context[:n].")
         stop = self.length if positions.stop is None else positions.stop
         if not 0 <= stop <= self.length:
-            raise UsageError(f"position {stop} is outside the context's {self.length}. Fix: use 0 <= n <= len(context).")
+            raise UsageError(
+                f"position {stop} is outside the context's {self.length}. Fix: use 0 <= n <= len(context)."
+            )
         return self if stop == self.length else _cut(self, stop)
 
     def to_bytes(self, *, codec: str = "raw") -> bytes:
@@ -189,7 +192,9 @@ class Context:
         return write(self, path, codec=codec)
 
     @classmethod
-    def from_bytes(cls, data: bytes | bytearray | memoryview, *, limits: Limits | None = None, verify: str = "now") -> Context:
+    def from_bytes(
+        cls, data: bytes | bytearray | memoryview, *, limits: Limits | None = None, verify: str = "now"
+    ) -> Context:
         """Read a bundle; tensors are views of `data`.
 
         verify: "now" checks every digest here; "use" checks each tensor before it is first used.
@@ -203,7 +208,7 @@ class Context:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, limits: Limits | None = None, verify: str = "use") -> Context:
-        """Map a bundle from a file; nothing is copied or read until it is needed. Raises as `from_bytes`, and OSError."""
+        """Map a bundle from a file; nothing is copied or read before it is needed. Raises as `from_bytes`, or OSError."""
         from avp.bundle import load
 
         return load(path, limits=limits, verify=verify)
@@ -222,42 +227,58 @@ class _Cut:
 
 
 def _cut(context: Context, stop: int) -> Context:
-    kept: list[Segment] = []
-    for segment in context.segments:
-        if segment.start >= stop:
-            break
-        count = min(segment.stop, stop) - segment.start
-        if count < len(segment):
-            if LATENT in segment.tokens[count - count % PAGE : count]:
-                raise UsageError("a page of latent positions has one id and cannot be cut. Fix: cut at a multiple of 32.")
-            pages = segment.pages[: -(-count // PAGE)]
-            segment = replace(segment, tokens=segment.tokens[:count], pages=pages, tensors=_Cut(segment.tensors, count))
-        kept.append(segment)
-    kept = _rename_tail(context, kept)
-    exactness = max((segment.exactness for segment in kept), default=Exactness.EXACT)
+    kept = [segment for segment in context.segments if segment.start < stop]
+    if kept and kept[-1].stop > stop:
+        kept[-1] = _shorten(context, kept, stop)
     turns = (Turn({"role": "raw", "content": ""}, (0, stop)),) if stop else ()
     return replace(
-        context, tokens=context.tokens[:stop], length=stop, turns=turns, segments=tuple(kept), hidden=None, exactness=exactness
+        context,
+        tokens=context.tokens[:stop],
+        length=stop,
+        turns=turns,
+        segments=tuple(kept),
+        hidden=None,
+        exactness=worst(segment.exactness for segment in kept),
     )
 
 
-def _rename_tail(context: Context, kept: list[Segment]) -> list[Segment]:
-    """A page that lost positions has another id."""
-    if kept and len(kept[-1]) % PAGE and context.model is not None:
-        last = kept[-1]
-        start = last.start + (len(last.pages) - 1) * PAGE
-        parent = ([root_page(context.model)] + [page for segment in kept for page in segment.pages])[-2]
-        kept[-1] = replace(last, pages=(*last.pages[:-1], page_id(parent, context.tokens[start : last.stop])))
-    return kept
+def _shorten(context: Context, kept: Sequence[Segment], stop: int) -> Segment:
+    """The last of `kept` up to position `stop`; a page that lost positions has another id."""
+    *before, last = kept
+    count = stop - last.start
+    pages, rest = last.pages[: -(-count // PAGE)], count % PAGE
+    if rest:
+        run = last.tokens[count - rest : count]
+        if LATENT in run:
+            raise UsageError("a page of latent positions has one id and cannot be cut. Fix: cut at a multiple of 32.")
+        pages = (*pages[:-1], page_id(_parent_page(context, (*before, replace(last, pages=pages))), run))
+    return replace(last, tokens=last.tokens[:count], pages=pages, tensors=_Cut(last.tensors, count))
+
+
+def _parent_page(context: Context, segments: Sequence[Segment]) -> str:
+    """Id of the page before the last one of `segments`."""
+    last = segments[-1]
+    if len(last.pages) > 1:
+        return last.pages[-2]
+    if len(segments) > 1 and segments[-2].stop == last.start:
+        return segments[-2].pages[-1]
+    if last.start == 0 and context.model is not None:
+        return root_page(context.model)
+    raise UsageError(
+        f"the segment before position {last.start} is missing, and with it the page id that the cut page's id is made "
+        "of. Fix: cut at a multiple of 32, or fetch the segment."
+    )
 
 
 def root_page(model: ModelIdentity, *, salt: bytes = b"") -> str:
     """The parent of a context's first page: BLAKE3 of the tenant's salt, the weights and the cache layout."""
-    return blake3(b"avp-page-1\0" + _field(salt) + _field(model.weights.encode()) + _field(model.layout.digest.encode())).hexdigest()
+    return blake3(
+        b"avp-page-1\0" + _field(salt) + _field(model.weights.encode()) + _field(model.layout.digest.encode())
+    ).hexdigest()
 
 
 def page_id(parent: str, tokens: Sequence[int], *, latent: bytes = b"") -> str:
-    """Id of a page: BLAKE3 of its parent's id, its token ids and, where positions have no id, the digest of their KV."""
+    """Id of a page: BLAKE3 of its parent's id, its token ids and, for positions without id, the digest of their KV."""
     numbers = array("q", tokens)
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -277,7 +298,7 @@ def cut_segments(
     tensors: Callable[[int, int], Tensors],
     grade: Callable[[int], Exactness],
 ) -> tuple[Segment, ...]:
-    """The segments of `tokens` positions; `tensors(start, stop)` is their KV, `grade(stop)` the exactness up to `stop`."""
+    """The segments of `tokens`; `tensors(start, stop)` is their KV, `grade(stop)` the exactness up to `stop`."""
     segments: list[Segment] = []
     parent = root_page(model)
     for start in range(0, len(tokens), SEGMENT):

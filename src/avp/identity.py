@@ -10,7 +10,7 @@ from functools import cache
 from blake3 import blake3
 
 from avp.buffers import itemsize
-from avp.errors import BundleError, UsageError
+from avp.errors import BundleError, LimitExceeded, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,11 @@ class LayerLayout:
     rope: str = ""  # rotary schedule, canonical JSON; "": none
     softcap: float = 0.0  # cap on attention logits; 0: none
     scale: float = 0.0  # factor on attention logits; 0: 1/sqrt(head_dim)
+
+    def __post_init__(self) -> None:
+        # 50, 50.0 and -0.0 are equal to their like, and so must be their JSON, which the digest is made of.
+        object.__setattr__(self, "softcap", float(self.softcap) + 0.0)
+        object.__setattr__(self, "scale", float(self.scale) + 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +73,17 @@ def canonical_json(value: object) -> str:
     """JSON with sorted keys, no spaces, UTF-8: equal values give equal text.
 
     Raises:
-        UsageError: the value is not JSON (a set, bytes, NaN, …).
+        UsageError: the value is not JSON (a set, bytes, NaN, half a surrogate pair, …).
     """
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        if not text.isascii():
+            text.encode()
+        return text
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"a value cannot be written as JSON: {error}. Fix: pass only strings, numbers, lists and dicts.") from error
+        raise UsageError(
+            f"a value cannot be written as JSON: {error}. Fix: pass only strings, numbers, lists and dicts."
+        ) from error
 
 
 @cache
@@ -103,6 +113,14 @@ def identity_to_json(identity: ModelIdentity) -> dict[str, object]:
     }
 
 
+_ASK = "Fix: ask the sender for a valid bundle."
+_LAYER_RANGES: Mapping[str, tuple[int, int]] = {
+    "kv_heads": (1, 2**16),
+    "head_dim": (1, 2**16),
+    "window": (0, 2**31),
+    "softcap": (0, 2**31),
+    "scale": (0, 2**31),
+}
 _LAYER_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "kv_heads": int,
     "head_dim": int,
@@ -117,28 +135,35 @@ def identity_from_json(value: object, *, max_layers: int) -> ModelIdentity:
     """The identity of a manifest.
 
     Raises:
+        LimitExceeded: more layers than `max_layers`.
         BundleError: a field is missing, of the wrong type, or out of range.
     """
     fields = ("id", "family", "weights", "tokenizer", "layouts", "layers")
     if not isinstance(value, dict) or set(value) != set(fields):
-        raise BundleError(f"the manifest's model must have just the fields {', '.join(fields)}. Fix: ask the sender for a valid bundle.")
+        raise BundleError(f"the manifest's model must have just the fields {', '.join(fields)}. {_ASK}")
     if any(not isinstance(value[name], str) for name in fields[:4]):
-        raise BundleError("the manifest's model has a name or fingerprint that is no string. Fix: ask the sender for a valid bundle.")
+        raise BundleError(f"the manifest's model has a name or fingerprint that is no string. {_ASK}")
     layouts, index = value["layouts"], value["layers"]
-    if not isinstance(layouts, list) or not isinstance(index, list) or not 1 <= len(layouts) <= len(index) <= max_layers:
-        raise BundleError(f"the manifest's layers are no list of 1 to {max_layers}. Fix: raise Limits.layers if the model is real.")
+    if not isinstance(layouts, list) or not isinstance(index, list) or not 1 <= len(layouts) <= len(index):
+        raise BundleError(f"the manifest's layers are no list, or fewer than its layouts. {_ASK}")
+    if len(index) > max_layers:
+        raise LimitExceeded(
+            f"the bundle's model has {len(index)} layers; at most {max_layers} are allowed. Fix: raise Limits.layers."
+        )
     unique = tuple(_layer_from_json(layer) for layer in layouts)
     if any(type(i) is not int or not 0 <= i < len(unique) for i in index):
-        raise BundleError("the manifest's layers name a layout that it does not hold. Fix: ask the sender for a valid bundle.")
-    return ModelIdentity(value["id"], value["family"], value["weights"], value["tokenizer"], CacheLayout(tuple(unique[i] for i in index)))
+        raise BundleError(f"the manifest's layers name a layout that it does not hold. {_ASK}")
+    return ModelIdentity(
+        value["id"], value["family"], value["weights"], value["tokenizer"], CacheLayout(tuple(unique[i] for i in index))
+    )
 
 
 def _layer_from_json(value: object) -> LayerLayout:
     if not isinstance(value, dict) or set(value) != set(_LAYER_TYPES):
-        raise BundleError(f"a layer layout must have just the fields {', '.join(_LAYER_TYPES)}. Fix: ask the sender for a valid bundle.")
+        raise BundleError(f"a layer layout must have just the fields {', '.join(_LAYER_TYPES)}. {_ASK}")
     for name, kind in _LAYER_TYPES.items():
         if not isinstance(value[name], kind) or isinstance(value[name], bool):
-            raise BundleError(f"a layer layout's {name} is {value[name]!r}. Fix: ask the sender for a valid bundle.")
-    if not (0 < value["kv_heads"] <= 65536 and 0 < value["head_dim"] <= 65536 and value["window"] >= 0):
-        raise BundleError("a layer layout's heads, head_dim or window is out of range. Fix: ask the sender for a valid bundle.")
+            raise BundleError(f"a layer layout's {name} is {str(value[name])[:80]!r}. {_ASK}")
+    if not all(low <= value[name] <= high for name, (low, high) in _LAYER_RANGES.items()):
+        raise BundleError(f"a layer layout's number is out of range: {str(value)[:200]}. {_ASK}")
     return LayerLayout(**value)

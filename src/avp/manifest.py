@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 from avp.buffers import STORAGE
 from avp.context import KINDS, LATENT, PAGE, SEGMENT, Context, Exactness, Turn, page_id, root_page, worst
-from avp.errors import BundleError, LimitExceeded, UnsupportedBundle, UsageError
+from avp.errors import BundleError, LimitExceeded, UnsupportedBundle
 from avp.identity import ModelIdentity, canonical_json, identity_from_json, identity_to_json
 
 VERSION = 1
@@ -76,7 +78,9 @@ def manifest_to_json(context: Context, segments: list[SegmentEntry], hidden: Hid
         "model": identity_to_json(context.model) if context.model else None,
         "tokens": list(context.tokens),
         "length": context.length,
-        "turns": [{"message": dict(turn.message), "opaque": turn.opaque and list(turn.opaque)} for turn in context.turns],
+        "turns": [
+            {"message": dict(turn.message), "opaque": turn.opaque and list(turn.opaque)} for turn in context.turns
+        ],
         "template": dict(context.template),
         "exactness": context.exactness.label,
         "segments": [
@@ -97,13 +101,19 @@ def manifest_to_json(context: Context, segments: list[SegmentEntry], hidden: Hid
 
 
 def parse_json(raw: bytes, limits: Limits) -> dict[str, object]:
-    """A JSON object without duplicate keys, NaN or more nesting than Python bears; its size is the caller's to bound."""
+    """A JSON object without duplicate keys, NaN or deeper nesting than Python bears; the caller bounds its size."""
     if raw.count(b"{") + raw.count(b"[") > 3 * limits.tensors + 65536:
-        raise LimitExceeded(f"the header holds more lists and objects than {limits.tensors} tensors need. Fix: raise Limits.tensors.")
+        raise LimitExceeded(
+            f"the header holds more lists and objects than {limits.tensors} tensors need. Fix: raise Limits.tensors."
+        )
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        if b"\\u" in raw:  # only an escape can smuggle half a surrogate pair past UTF-8
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise BundleError(f"the header is nested too deeply. {_ASK}") from None
+    except UnicodeEncodeError as error:
+        raise BundleError(f"the header holds half a surrogate pair, which is no text. {_ASK}") from error
     except UnicodeDecodeError as error:
         raise BundleError(f"the header is not UTF-8 ({error.reason} at byte {error.start}). {_ASK}") from error
     except BundleError:
@@ -118,9 +128,15 @@ def parse_json(raw: bytes, limits: Limits) -> dict[str, object]:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise BundleError(f"the header has the key {twice[:80]!r} twice. {_ASK}")
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not isfinite(value):
+        raise BundleError(f"the header holds {digits[:80]}, which is no finite number. {_ASK}")
     return value
 
 
@@ -136,14 +152,21 @@ def parse_manifest(value: Mapping[str, object], limits: Limits) -> Manifest:
         LimitExceeded: more tokens or layers than allowed.
         BundleError: a field is missing, unknown, of the wrong type or in contradiction to another.
     """
-    if value.get("avp") != VERSION or isinstance(value.get("avp"), bool):
-        raise UnsupportedBundle(f"the bundle has format version {value.get('avp')!r}; this reader knows {VERSION}. Fix: upgrade avp.")
+    version = value.get("avp")
+    if type(version) is not int or version != VERSION:
+        raise UnsupportedBundle(
+            f"the bundle has format version {str(version)[:80]!r}; this reader knows {VERSION}. Fix: upgrade avp."
+        )
     expected = {"avp", "kind", "model", "tokens", "length", "turns", "template", "exactness", "segments", "hidden"}
     if set(value) != expected:
-        raise BundleError(f"the manifest's fields differ from format {VERSION}: {sorted(expected ^ set(value))}. {_ASK}")
+        raise BundleError(
+            f"the manifest's fields differ from format {VERSION}: {str(sorted(expected ^ set(value)))[:200]}. {_ASK}"
+        )
     kind = value["kind"]
     if not isinstance(kind, str) or kind not in KINDS:
-        raise UnsupportedBundle(f"the bundle is of the unknown kind {kind!r}. Fix: upgrade avp; known are {', '.join(KINDS)}.")
+        raise UnsupportedBundle(
+            f"the bundle is of the unknown kind {str(kind)[:80]!r}. Fix: upgrade avp; known are {', '.join(KINDS)}."
+        )
     model = None if value["model"] is None else identity_from_json(value["model"], max_layers=limits.layers)
     tokens = _tokens(value["tokens"], limits)
     length = _int(value["length"], "length", 0, len(tokens))
@@ -154,7 +177,9 @@ def parse_manifest(value: Mapping[str, object], limits: Limits) -> Manifest:
     exactness = worst([_exactness(value["exactness"]), *(entry.exactness for entry in segments)])
     hidden = _hidden(value["hidden"])
     _check_kind(kind, model, length, segments, hidden)
-    return Manifest(kind, model, tokens, length, _turns(value["turns"], len(tokens)), template, exactness, segments, hidden)
+    return Manifest(
+        kind, model, tokens, length, _turns(value["turns"], len(tokens)), template, exactness, segments, hidden
+    )
 
 
 def _check_kind(
@@ -172,7 +197,9 @@ def _tokens(value: object, limits: Limits) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise BundleError(f"the manifest's tokens are no list. {_ASK}")
     if len(value) > limits.tokens:
-        raise LimitExceeded(f"the bundle holds {len(value)} tokens; at most {limits.tokens} are allowed. Fix: raise Limits.tokens.")
+        raise LimitExceeded(
+            f"the bundle holds {len(value)} tokens; at most {limits.tokens} are allowed. Fix: raise Limits.tokens."
+        )
     if set(map(type, value)) - {int} or (value and not (min(value) >= LATENT and max(value) < 2**31)):
         raise BundleError(f"the manifest's tokens are not all ids from -1 to 2^31-1. {_ASK}")
     return tuple(value)
@@ -180,15 +207,20 @@ def _tokens(value: object, limits: Limits) -> tuple[int, ...]:
 
 def _int(value: object, name: str, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise BundleError(f"the manifest's {name} is {str(value)[:80]}, not a whole number from {low} to {high}. {_ASK}")
+        raise BundleError(
+            f"the manifest's {name} is {str(value)[:80]}, not a whole number from {low} to {high}. {_ASK}"
+        )
     return value
 
 
 def _exactness(value: object) -> Exactness:
-    try:
-        return Exactness.parse(str(value))
-    except UsageError as error:
-        raise UnsupportedBundle(f"the bundle's exactness is {str(value)[:80]!r}. {_ASK}") from error
+    for each in Exactness:
+        if value == each.label:
+            return each
+    raise UnsupportedBundle(
+        f"the bundle's exactness is {str(value)[:80]!r}. "
+        f"Fix: upgrade avp; known are {', '.join(each.label for each in Exactness)}."
+    )
 
 
 def _hex(value: object, name: str) -> bytes:
@@ -203,7 +235,9 @@ def _hex(value: object, name: str) -> bytes:
 
 def _dtype(value: object) -> str:
     if not isinstance(value, str) or value not in STORAGE:
-        raise UnsupportedBundle(f"the bundle holds the unknown dtype {str(value)[:80]!r}. Fix: upgrade avp; known are {', '.join(STORAGE)}.")
+        raise UnsupportedBundle(
+            f"the bundle holds the unknown dtype {str(value)[:80]!r}. Fix: upgrade avp; known are {', '.join(STORAGE)}."
+        )
     return value
 
 
@@ -229,7 +263,11 @@ def _turns(value: object, positions: int) -> tuple[Turn, ...]:
 def _hidden(value: object) -> HiddenEntry | None:
     if value is None:
         return None
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "digest"} or not isinstance(value["shape"], list):
+    if (
+        not isinstance(value, dict)
+        or set(value) != {"dtype", "shape", "digest"}
+        or not isinstance(value["shape"], list)
+    ):
         raise BundleError(f"the manifest's hidden states have other fields than dtype, shape, digest. {_ASK}")
     shape = tuple(_int(size, "hidden shape", 0, 2**31) for size in value["shape"])
     digest = _hex(value["digest"], "hidden digest")
@@ -261,14 +299,16 @@ def _segment(item: object, length: int) -> SegmentEntry:
     count = _int(item["count"], "segment count", 1, min(SEGMENT, length - start))
     pages = _hex(item["pages"], "pages")
     if start % PAGE or len(pages) != 32 * -(-count // PAGE):
-        raise BundleError(f"a segment's start is no multiple of {PAGE}, or its page ids are not one for each page. {_ASK}")
+        raise BundleError(
+            f"a segment's start is no multiple of {PAGE}, or its page ids are not one for each page. {_ASK}"
+        )
     ids = tuple(pages[i : i + 32].hex() for i in range(0, len(pages), 32))
     digests = _hex(item["digests"], "digests")
     return SegmentEntry(start, count, ids, item["codec"], _dtype(item["dtype"]), _exactness(item["exactness"]), digests)
 
 
 def _check_pages(entry: SegmentEntry, tokens: tuple[int, ...], parent: str | None) -> str:
-    """Page ids follow from token ids: one that does not is a lie. Where there are latent positions, it cannot be told."""
+    """Page ids follow from token ids: one that does not is a lie. With latent positions it cannot be told."""
     stop = entry.start + entry.count
     for i, page in enumerate(entry.pages):
         start = entry.start + i * PAGE

@@ -34,7 +34,9 @@ def missing_extra(error: ImportError, *, feature: str) -> MissingExtra:
     """The `MissingExtra` to raise from an ImportError of an optional library."""
     module = (error.name or "").partition(".")[0]
     extra = dict(_EXTRAS).get(module, "hf")
-    return MissingExtra(f'{feature} needs {module or "a library"}, which is not installed. Fix: pip install "avp[{extra}]"')
+    return MissingExtra(
+        f'{feature} needs {module or "a library"}, which is not installed. Fix: pip install "avp[{extra}]"'
+    )
 
 
 @cache
@@ -50,10 +52,12 @@ def load(group: str, name: str) -> object:
             try:
                 return cast(object, point.load())
             except ImportError as error:
-                raise missing_extra(error, feature=f"{group.removeprefix('avp.').removesuffix('s')} {name!r}") from error
+                raise missing_extra(
+                    error, feature=f"{group.removeprefix('avp.').removesuffix('s')} {name!r}"
+                ) from error
     raise UsageError(
         f"no {group.removeprefix('avp.').removesuffix('s')} is named {name!r}. "
-        f"Fix: use one of {', '.join(names(group)) or 'none (is avp installed?)'}, or install the package that brings it."
+        f"Fix: use one of {', '.join(names(group)) or 'none (is avp installed?)'}, or install what brings it."
     )
 
 

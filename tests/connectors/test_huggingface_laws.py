@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 
@@ -75,3 +76,52 @@ class TestTinyModels(ConnectorConformance):
 
     def engine(self) -> TransformersAlone:
         return TransformersAlone(self.connector().model)
+
+
+class RealLaws(ConnectorConformance):
+    """The laws on a model that people use."""
+
+    name = ""
+
+    @classmethod
+    @cache
+    def _connector(cls) -> HuggingFaceConnector:
+        return HuggingFaceConnector.from_pretrained(cls.name)
+
+    @classmethod
+    @cache
+    def _stranger(cls) -> HuggingFaceConnector:
+        base = cls._connector()
+        model = copy.deepcopy(base.model)
+        with torch.no_grad():
+            model.base_model.layers[1].mlp.down_proj.weight.mul_(1.01)
+        return HuggingFaceConnector(model, base.tokenizer, name=f"{cls.name}, one matrix changed")
+
+    @classmethod
+    def teardown_class(cls) -> None:
+        cls._connector.cache_clear()
+        cls._stranger.cache_clear()
+
+    def connector(self) -> HuggingFaceConnector:
+        return self._connector()
+
+    def stranger(self) -> HuggingFaceConnector:
+        return self._stranger()
+
+    def engine(self) -> TransformersAlone:
+        return TransformersAlone(self.connector().model)
+
+
+@pytest.mark.real
+class TestSmolLM2(RealLaws):
+    name = "smollm2"
+    first = tuple(range(1000, 1200))
+    then = tuple(range(2000, 2020))
+
+
+@pytest.mark.real
+class TestGemma3BeyondItsWindow(RealLaws):
+    name = "gemma3"
+    first = (2, *range(5000, 5740))
+    then = tuple(range(7000, 7012))
+    new_tokens = 6

@@ -28,7 +28,7 @@ _WORDS: Mapping[str, np.dtype[np.unsignedinteger]] = {
 
 @dataclass(frozen=True, slots=True)
 class Lossless:
-    """Two parts: "" holds sign and mantissa, [bytes - 1, *shape]; ".exp" the exponents, zstd of [kv_heads, head_dim, tokens]."""
+    """Part "": sign and mantissa, [bytes - 1, *shape]; part ".exp": exponents, zstd of [kv_heads, head_dim, tokens]."""
 
     name: str = "lossless"
     exactness: Exactness = Exactness.EXACT
@@ -56,10 +56,16 @@ class Lossless:
         low, packed = parts[""].array, np.ascontiguousarray(parts[".exp"].array).data
         try:
             if zstandard.frame_content_size(packed) != prod(shape):
-                raise BundleError("the exponents do not decompress to one byte a value. Fix: ask the sender for a valid bundle.")
-            exponents = zstandard.ZstdDecompressor().decompress(packed, max_output_size=prod(shape), allow_extra_data=False)
+                raise BundleError(
+                    "the exponents do not decompress to one byte a value. Fix: ask the sender for a valid bundle."
+                )
+            exponents = zstandard.ZstdDecompressor().decompress(
+                packed, max_output_size=prod(shape), allow_extra_data=False
+            )
         except zstandard.ZstdError as error:
-            raise BundleError(f"the exponents are no zstd frame: {error}. Fix: ask the sender for a valid bundle.") from error
+            raise BundleError(
+                f"the exponents are no zstd frame: {error}. Fix: ask the sender for a valid bundle."
+            ) from error
         words = np.empty(shape, _WORDS[dtype])
         planes = words.view(np.uint8).reshape(*shape, words.itemsize)
         planes[..., :-1] = np.moveaxis(low, 0, -1)
@@ -67,7 +73,9 @@ class Lossless:
         planes[..., -1] = np.swapaxes(np.frombuffer(exponents, np.uint8).reshape(heads, dim, tokens), -1, -2)
         bits = 8 * words.itemsize
         restored = (words >> 1) | (words << (bits - 1))
-        return Buffer(dtype, restored.view(np.float32 if dtype == "float32" else np.float16 if dtype == "float16" else np.uint16))
+        return Buffer(
+            dtype, restored.view(np.float32 if dtype == "float32" else np.float16 if dtype == "float16" else np.uint16)
+        )
 
 
 CODEC: Codec = Lossless()

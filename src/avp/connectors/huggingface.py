@@ -218,6 +218,10 @@ class HuggingFaceConnector:
                 scores.append(torch.log_softmax(logits.float(), -1).gather(-1, targets[first + 1 : last + 1, None])[:, 0].cpu())
         return torch.cat(scores)[-len(ids) :]
 
+    def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """The ids that `prefill(prompt)` would compute; computes nothing."""
+        return self._renderer.extend(None, prompt, template={}, reply=False).ids
+
     # --- one run
 
     def _generate(
