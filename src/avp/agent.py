@@ -71,8 +71,10 @@ class Message:
 def pack(content: str, *, model: str | None = None, think_steps: int = 0, context: Context | None = None) -> Message:
     """A message for another agent.
 
-    Without a model it is text. With one it carries the model's identity and the token ids. With `think_steps` it carries
-    the latent context *and* the text, so that a receiver of other weights can still read it. `context` is what came before.
+    Without a model it is text. With one it carries the model's identity and the token ids. With `think_steps` it
+    carries
+    the latent context *and* the text, so that a receiver of other weights can still read it. `context` is what came
+    before.
 
     Raises:
         UsageError: `think_steps` or `context` without a model. Else as `HuggingFaceConnector.think`.
@@ -109,10 +111,14 @@ def unpack(
     context = _open(data)
     if model is None:
         return context.text
-    return connector(model).generate("", context=_open_turn(context), max_new_tokens=max_new_tokens, temperature=temperature, accept="text")
+    return connector(model).generate(
+        "", context=_open_turn(context), max_new_tokens=max_new_tokens, temperature=temperature, accept="text"
+    )
 
 
-def think(prompt: Prompt, *, model: str, steps: int = 20, context: Context | None = None, method: str = "norm") -> Context:
+def think(
+    prompt: Prompt, *, model: str, steps: int = 20, context: Context | None = None, method: str = "norm"
+) -> Context:
     """The context after `prompt` and `steps` latent positions; see `HuggingFaceConnector.think`."""
     return connector(model).think(prompt, steps=steps, context=context, method=method)
 
@@ -130,7 +136,13 @@ def generate(
 ) -> Generation:
     """Text after `context` and `prompt`; see `HuggingFaceConnector.generate`."""
     return connector(model).generate(
-        prompt, context=context, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, accept=accept
+        prompt,
+        context=context,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        accept=accept,
     )
 
 

@@ -63,10 +63,10 @@ class Buffer:
         if self.array.size == 0:
             return
         if self.array.flags.c_contiguous:
-            yield memoryview(self.array.reshape(-1).view(np.uint8))
+            yield self.array.reshape(-1).view(np.uint8).data
             return
         for row in self.array:
-            yield memoryview(np.ascontiguousarray(row).reshape(-1).view(np.uint8))
+            yield np.ascontiguousarray(row).reshape(-1).view(np.uint8).data
 
     def tobytes(self) -> bytes:
         """The bytes in order, as one copy."""

@@ -130,6 +130,10 @@ class Context:
     def __len__(self) -> int:
         return self.length
 
+    def __bool__(self) -> bool:
+        """A context is never nothing, even where no position of it is computed."""
+        return True
+
     def __repr__(self) -> str:
         model = self.model.id if self.model else "no model"
         counts = f"{self.length} positions, {len(self.pending)} pending"
@@ -208,7 +212,7 @@ class Context:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, limits: Limits | None = None, verify: str = "use") -> Context:
-        """Map a bundle from a file; nothing is copied or read before it is needed. Raises as `from_bytes`, or OSError."""
+        """Map a bundle from a file; nothing is copied, or read before use. Raises as `from_bytes`, and OSError."""
         from avp.bundle import load
 
         return load(path, limits=limits, verify=verify)

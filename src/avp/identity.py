@@ -69,14 +69,14 @@ class ModelIdentity:
         return f"{self.id} (weights {self.weights[:8]}…)"
 
 
-def canonical_json(value: object) -> str:
-    """JSON with sorted keys, no spaces, UTF-8: equal values give equal text.
+def canonical_json(value: object, *, sort_keys: bool = True) -> str:
+    """JSON without spaces, UTF-8, keys sorted (or in the order given): equal values give equal text.
 
     Raises:
         UsageError: the value is not JSON (a set, bytes, NaN, half a surrogate pair, …).
     """
     try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         if not text.isascii():
             text.encode()
         return text

@@ -97,7 +97,8 @@ def manifest_to_json(context: Context, segments: list[SegmentEntry], hidden: Hid
         ],
         "hidden": hidden and {"dtype": hidden.dtype, "shape": list(hidden.shape), "digest": hidden.digest.hex()},
     }
-    return canonical_json(value)
+    # Messages and tools keep the order of their keys: a chat template may write them out.
+    return canonical_json(value, sort_keys=False)
 
 
 def parse_json(raw: bytes, limits: Limits) -> dict[str, object]:
@@ -176,21 +177,22 @@ def parse_manifest(value: Mapping[str, object], limits: Limits) -> Manifest:
     segments = _segments(value["segments"], model, tokens[:length])
     exactness = worst([_exactness(value["exactness"]), *(entry.exactness for entry in segments)])
     hidden = _hidden(value["hidden"])
-    _check_kind(kind, model, length, segments, hidden)
-    return Manifest(
-        kind, model, tokens, length, _turns(value["turns"], len(tokens)), template, exactness, segments, hidden
-    )
+    turns = _turns(value["turns"], len(tokens))
+    manifest = Manifest(kind, model, tokens, length, turns, template, exactness, segments, hidden)
+    _check_kind(manifest)
+    return manifest
 
 
-def _check_kind(
-    kind: str, model: ModelIdentity | None, length: int, segments: tuple[SegmentEntry, ...], hidden: HiddenEntry | None
-) -> None:
-    if kind != "kv" and (segments or length):
+def _check_kind(manifest: Manifest) -> None:
+    kind = manifest.kind
+    if kind != "kv" and (manifest.segments or manifest.length):
         raise BundleError(f"a bundle of kind {kind} holds KV. {_ASK}")
-    if kind == "hidden" and hidden is None:
+    if kind == "hidden" and manifest.hidden is None:
         raise BundleError(f"a bundle of kind hidden holds no hidden states. {_ASK}")
-    if kind != "text" and model is None:
+    if kind != "text" and manifest.model is None:
         raise BundleError(f"a bundle of kind {kind} names no model. {_ASK}")
+    if kind in ("kv", "tokens") and LATENT in manifest.tokens[manifest.length :]:
+        raise BundleError(f"a token that is yet to be computed has no id. {_ASK}")
 
 
 def _tokens(value: object, limits: Limits) -> tuple[int, ...]:

@@ -44,7 +44,8 @@ class Codec(Protocol):
         ...
 
     def parts(self, dtype: str, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...] | None]]:
-        """Suffix -> (dtype, shape) of each tensor written for one of `dtype` and `shape`; shape None: bytes of any length.
+        """Suffix -> (dtype, shape) of each tensor written for one of `dtype` and `shape`; shape None: bytes of any
+        length.
 
         Raises:
             UsageError: the codec does not take this dtype.
@@ -87,7 +88,9 @@ class Step(Protocol):
     """A fitted projection."""
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the final norm, [n, source hidden], to input vectors of the target, [n, target hidden]."""
+        """Hidden states after the final norm, [n, source hidden], to input vectors of the target, [n, target
+        hidden].
+        """
         ...
 
 

@@ -107,6 +107,7 @@ class Positions:
     count = 0
 
     def __call__(self, module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Add the positions of one pass."""
         given = kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if given is None else given
         if isinstance(given, torch.Tensor):

@@ -1,6 +1,7 @@
 """A chain of agents over one question, in four modes: text, text + prefix cache, AVP exact relay, AVP latent.
 
-All modes hold the same conversation: the question and the planner's task, its reply, the critic's task, and so on to the
+All modes hold the same conversation: the question and the planner's task, its reply, the critic's task, and so on to
+the
 solver. In the latent mode all but the last agent think instead of writing.
 """
 
@@ -70,7 +71,9 @@ def _compare(runs: list[Run]) -> list[Run]:
         return runs
     expected = [hop.tokens for hop in prefix.hops]
     return [
-        replace(run, same_as_prefix=[hop.tokens for hop in run.hops] == expected) if run.mode in ("text", "exact") else run
+        replace(run, same_as_prefix=[hop.tokens for hop in run.hops] == expected)
+        if run.mode in ("text", "exact")
+        else run
         for run in runs
     ]
 
@@ -146,7 +149,9 @@ def relay_hop(
 
 
 def _process_hops(mode: str, told: Sequence[str], settings: Settings, names: Sequence[str]) -> Iterator[Hop]:
-    """Each agent in a process of its own, that has ended before the next begins; the context travels as a bundle's bytes."""
+    """Each agent in a process of its own, that has ended before the next begins; the context travels as a bundle's
+    bytes.
+    """
     with tempfile.TemporaryDirectory(prefix="avp-wire-") as folder:
         before: Path | None = None
         for i, prompt in enumerate(told):
@@ -160,10 +165,17 @@ def _process_hops(mode: str, told: Sequence[str], settings: Settings, names: Seq
                 "save": str(after),
             }
             done = subprocess.run(
-                [sys.executable, "-m", "avp.bench.hop"], input=json.dumps(job), capture_output=True, text=True, timeout=1800, check=False
+                [sys.executable, "-m", "avp.bench.hop"],
+                input=json.dumps(job),
+                capture_output=True,
+                text=True,
+                timeout=1800,
+                check=False,
             )
             if done.returncode:
-                raise AVPError(f"agent {names[i]} failed in its process: {done.stderr[-800:]} Fix: run without --wire to see more.")
+                raise AVPError(
+                    f"agent {names[i]} failed in its process: {done.stderr[-800:]} Fix: run without --wire to see more."
+                )
             fields = json.loads(done.stdout.splitlines()[-1])
             fields["bytes"] = before.stat().st_size if before else 0
             yield Hop(**{**fields, "tokens": tuple(fields["tokens"]), "reasons": tuple(fields["reasons"])})
@@ -185,21 +197,32 @@ def questions(path: Path, limit: int) -> list[tuple[str, str]]:
                 row = json.loads(line)
                 rows.append((str(row.get("id", number)), str(row["question"])))
             except (ValueError, KeyError, AttributeError) as error:
-                raise UsageError(f'{path}, line {number + 1}: no JSON object with a "question" ({error!r}). Fix: pass JSON lines.') from error
+                raise UsageError(
+                    f'{path}, line {number + 1}: no JSON object with a "question" ({error!r}). Fix: pass JSON lines.'
+                ) from error
     if not rows:
         raise UsageError(f"{path} holds no questions. Fix: pass JSON lines with a question each.")
     return rows
 
 
 @click.command()
-@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help='JSON lines with a "question".')
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help='JSON lines with a "question".',
+)
 @click.option("--limit", default=10, show_default=True, help="Questions taken from the file.")
 @click.option("--agents", default="4", show_default=True, help="Lengths of the chain, with commas: 2,4,8,16.")
 @click.option("--max-new-tokens", default=128, show_default=True, help="Tokens that each agent writes.")
 @click.option("--steps", default=20, show_default=True, help="Latent steps of an agent that thinks.")
 @click.option("--model", default="smollm2", show_default=True, help="Built-in name, folder, .gguf file or hub id.")
 @click.option("--modes", default=",".join(MODES), show_default=True, help="Modes to run, with commas.")
-@click.option("--free-length", is_flag=True, help="Let a turn end where it ends; by default all modes write the same number of tokens.")
+@click.option(
+    "--free-length",
+    is_flag=True,
+    help="Let a turn end where it ends; by default all modes write the same number of tokens.",
+)
 @click.option("--wire", is_flag=True, help="Each agent of the AVP modes in a process of its own.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for chain.json and chain-*.svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output.")
@@ -254,9 +277,22 @@ def _run_all(
     connector: HuggingFaceConnector, rows: Sequence[tuple[str, str]], lengths: Sequence[int], settings: Settings
 ) -> list[Run]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     runs: list[Run] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("chains", total=len(rows) * sum(lengths) * len(settings.modes))
@@ -275,7 +311,16 @@ def _print_summary(summary: object) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("agents", "mode", "n", "positions", "saved against text", "speed-up (95 %)", "TTFT of the last", "= text + prefix cache")
+    table = Table(
+        "agents",
+        "mode",
+        "n",
+        "positions",
+        "saved against text",
+        "speed-up (95 %)",
+        "TTFT of the last",
+        "= text + prefix cache",
+    )
     for row in summary if isinstance(summary, list) else ():
         saved, speed, same = row["positions_saved"], row["speed_up"], row["same_as_prefix"]
         table.add_row(

@@ -11,7 +11,7 @@ import matplotlib
 from avp.bench.results import Hop, Run
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen first
+from matplotlib import pyplot as plt
 
 COLOURS = {"text": "#d1495b", "prefix": "#edae49", "exact": "#00798c", "latent": "#7b6cc4"}
 LABELS = {"text": "text", "prefix": "text + prefix cache", "exact": "AVP exact relay", "latent": "AVP latent"}
@@ -55,7 +55,9 @@ def plot_chain(runs: Sequence[Run], folder: Path) -> list[Path]:
             for mode in dict.fromkeys(run.mode for run in chosen):
                 same = [run for run in chosen if run.mode == mode]
                 heights = [mean(value(run.hops[i]) for run in same) for i in range(agents)]
-                axis.plot(range(1, agents + 1), heights, marker="o", markersize=3, color=COLOURS[mode], label=LABELS[mode])
+                axis.plot(
+                    range(1, agents + 1), heights, marker="o", markersize=3, color=COLOURS[mode], label=LABELS[mode]
+                )
             axis.set_title(title)
             axis.set_xlabel("hop")
             axis.set_ylim(bottom=0)

@@ -105,7 +105,11 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, object]]:
     text = {(run.agents, run.question): run for run in runs if run.mode == "text"}
     rows: list[dict[str, object]] = []
     for agents, mode in dict.fromkeys((run.agents, run.mode) for run in runs):
-        pairs = [(run, text[agents, run.question]) for run in runs if (run.agents, run.mode) == (agents, mode) and (agents, run.question) in text]
+        pairs = [
+            (run, text[agents, run.question])
+            for run in runs
+            if (run.agents, run.mode) == (agents, mode) and (agents, run.question) in text
+        ]
         if not pairs:
             continue
         compared = [run.same_as_prefix for run, _ in pairs if run.same_as_prefix is not None]

@@ -16,8 +16,10 @@ from avp.connectors.huggingface import HuggingFaceConnector
 from avp.errors import AVPError
 
 QUESTION = (
-    "A bakery sells rye loaves for 4 euros and wheat loaves for 3 euros. On Saturday it sold 56 loaves and took 190 euros. "
-    "On Sunday it sold 10 rye loaves fewer than on Saturday and as many wheat loaves. How many euros did it take on Sunday?"
+    "A bakery sells rye loaves for 4 euros and wheat loaves for 3 euros. On Saturday it sold 56 loaves and took "
+    "190 euros. "
+    "On Sunday it sold 10 rye loaves fewer than on Saturday and as many wheat loaves. How many euros did it "
+    "take on Sunday?"
 )
 _TITLES = {
     "text": "text: every agent prefills everything again",
@@ -33,11 +35,22 @@ _TITLES = {
 @click.option("--question", default=QUESTION, help="What the agents work on; by default a word problem.")
 @click.option("--max-new-tokens", default=64, show_default=True, help="Tokens that each agent writes at most.")
 @click.option("--steps", default=20, show_default=True, help="Latent steps of an agent that thinks.")
-@click.option("--fixed-length", is_flag=True, help="Every agent writes just --max-new-tokens: end of sequence is suppressed.")
-@click.option("--wire", is_flag=True, help="Each agent of the AVP modes in a process of its own; the context travels as bytes.")
+@click.option(
+    "--fixed-length", is_flag=True, help="Every agent writes just --max-new-tokens: end of sequence is suppressed."
+)
+@click.option(
+    "--wire", is_flag=True, help="Each agent of the AVP modes in a process of its own; the context travels as bytes."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def demo(
-    agents: int, model: str, question: str, max_new_tokens: int, steps: int, fixed_length: bool, wire: bool, as_json: bool
+    agents: int,
+    model: str,
+    question: str,
+    max_new_tokens: int,
+    steps: int,
+    fixed_length: bool,
+    wire: bool,
+    as_json: bool,
 ) -> None:
     """Four agents, one question, four ways to hand over: what each computes, sends and takes."""
     console = Console(stderr=as_json)
@@ -45,7 +58,9 @@ def demo(
     with console.status(f"loading {model}"):
         connector = HuggingFaceConnector.from_pretrained(model)
     settings = Settings(model, max_new_tokens, steps, fixed_length, wire)
-    console.print(f"[bold]{connector.identity.id}[/] on {connector.model.device}, {connector.model.dtype}; {agents} agents")
+    console.print(
+        f"[bold]{connector.identity.id}[/] on {connector.model.device}, {connector.model.dtype}; {agents} agents"
+    )
     console.print(_lengths(settings))
     tables = {mode: _hop_table(mode) for mode in MODES}
     started: list[str] = []
@@ -73,18 +88,31 @@ def demo(
         }
         write_json(document, None, echo=click.echo)
     if not exact.same_as_prefix:
-        raise AVPError("the exact relay's tokens differ from those of text + prefix cache. This must not be. Fix: report it with --json.")
+        raise AVPError(
+            "the exact relay's tokens differ from those of text + prefix cache. This must not be. Fix: report "
+            "it with --json."
+        )
 
 
 def _lengths(settings: Settings) -> str:
     if settings.fixed_length:
-        return f"Every agent writes exactly {settings.max_new_tokens} tokens in every mode: the end of sequence is suppressed."
-    return f"A turn ends where it ends, at {settings.max_new_tokens} tokens at most; compare seconds only with --fixed-length."
+        return f"Every agent writes exactly {settings.max_new_tokens} tokens in every mode: EOS is suppressed."
+    limit = settings.max_new_tokens
+    return f"A turn ends where it ends, at {limit} tokens at most; compare seconds only with --fixed-length."
 
 
 def _hop_table(mode: str) -> Table:
     table = Table(title=_TITLES[mode], title_justify="left", title_style="bold")
-    for name in ("agent", "prompt tokens", "positions computed", "new tokens", "latent steps", "handed over", "TTFT", "seconds"):
+    for name in (
+        "agent",
+        "prompt tokens",
+        "positions computed",
+        "new tokens",
+        "latent steps",
+        "handed over",
+        "TTFT",
+        "seconds",
+    ):
         table.add_column(name, justify="left" if name == "agent" else "right")
     return table
 
@@ -114,7 +142,8 @@ def _saved(runs: list[Run]) -> dict[str, dict[str, float]]:
     """Against text in the same run: share of positions not computed, and how many times faster."""
     text = next(run for run in runs if run.mode == "text")
     return {
-        run.mode: {"positions_saved": 1 - run.positions / text.positions, "speed_up": text.seconds / run.seconds} for run in runs
+        run.mode: {"positions_saved": 1 - run.positions / text.positions, "speed_up": text.seconds / run.seconds}
+        for run in runs
     }
 
 
@@ -142,5 +171,3 @@ def _verdict(exact: Run) -> str:
     if exact.same_as_prefix:
         return f"[green]Exact:[/] all {count} tokens of the exact relay equal those of text + prefix cache."
     return "[red]Not exact:[/] the exact relay's tokens differ from those of text + prefix cache."
-
-

@@ -72,9 +72,9 @@ class Inspection:
     """What a header says; the JSON document of `avp inspect --json` has these fields.
 
     `tokens` counts ids: `positions` of them are computed, `latent` of these have no id, `pending` follow. `absent`
-    positions have KV at the sender, but not in this bundle. `bytes_per_token` is of raw KV in the widest dtype here, None
-    without KV. `file_bytes` is None where the source is no regular file; `size_check` is then "unknown", else "ok",
-    "truncated" or "trailing".
+    positions have KV at the sender, but not in this bundle. `bytes_per_token` is of raw KV in the widest dtype here,
+    None without KV. `file_bytes` is None where the source is no regular file; `size_check` is then "unknown", else
+    "ok", "truncated" or "trailing".
     """
 
     file: str

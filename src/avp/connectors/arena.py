@@ -2,7 +2,7 @@
 
 K and V of a layer are [1, kv_heads, capacity, head_dim]; positions [0, used) never change. On the CPU the memory is a
 sparse, unlinked file in RAM. The run that continues from position `used` writes on in place; every other run maps the
-same file privately (MAP_PRIVATE): it shares the pages of the prefix and owns those it writes. What one run writes behind
+same file privately (MAP_PRIVATE): it shares the prefix's pages and owns those it writes. What one run writes behind
 `used` may show through another's private mapping only at positions that the other has not written, hence never reads.
 A device that cannot map copies the prefix once for each such run; `copied` counts the bytes.
 """
@@ -32,7 +32,9 @@ class Shape:
 
     def nbytes(self, positions: int) -> int:
         """Bytes of KV that so many positions take."""
-        return positions * sum(2 * layer.kv_heads * layer.head_dim for layer in self.layout.layers) * self.dtype.itemsize
+        return (
+            positions * sum(2 * layer.kv_heads * layer.head_dim for layer in self.layout.layers) * self.dtype.itemsize
+        )
 
 
 class Arena:
@@ -74,7 +76,9 @@ class Arena:
             self._busy = False
 
     def fork(self, length: int) -> Arena:
-        """An arena of its own over the first `length` positions, claimed by the caller; copies no KV where memory maps."""
+        """An arena of its own over the first `length` positions, claimed by the caller; copies no KV where memory
+        maps.
+        """
         if self.file is not None:
             fork = Arena(self.shape, self.capacity, self.file.map(shared=False), None)
         elif self.shape.device.type == "cpu":
@@ -86,7 +90,9 @@ class Arena:
         return fork
 
     def _shared_twin(self, length: int) -> Arena:
-        """A private arena that is forked itself moves to memory that can be mapped: one copy, however many forks follow."""
+        """A private arena that is forked itself moves to memory that can be mapped: one copy, however many forks
+        follow.
+        """
         with self._lock:
             if self._twin is None or self._twin.used < length:
                 twin = Arena.empty(self.shape, self.capacity)
@@ -117,7 +123,7 @@ class _File:
     def map(self, *, shared: bool) -> torch.Tensor:
         """The file as bytes; private unless `shared`."""
         storage = torch.UntypedStorage.from_file(self._path, shared, self._size)
-        return torch.tensor([], dtype=torch.uint8).set_(storage)  # type: ignore[call-overload, no-any-return]
+        return torch.tensor([], dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
 
     def __del__(self) -> None:
         os.close(self._fd)

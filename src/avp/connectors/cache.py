@@ -1,6 +1,7 @@
 """Our transformers cache: layers over an arena, a frozen prefix and a growing tail. Batch of one.
 
-`update` writes the new positions into the arena and returns views of all of them: nothing is concatenated. Layers with a
+`update` writes the new positions into the arena and returns views of all of them: nothing is concatenated. Layers
+with a
 sliding window keep every position too; the model's mask does the sliding, exactly (eager and SDPA attention).
 """
 
@@ -13,7 +14,7 @@ from avp.connectors.arena import Arena
 from avp.errors import UnsupportedCache
 
 
-class ArenaLayer(CacheLayerMixin):
+class ArenaLayer(CacheLayerMixin):  # type: ignore[misc]
     """One attention layer of a run."""
 
     is_sliding = False
@@ -38,8 +39,10 @@ class ArenaLayer(CacheLayerMixin):
         _, heads, capacity, dim = self.arena_keys.shape
         if key_states.shape != (1, heads, count, dim) or value_states.shape != key_states.shape or stop > capacity:
             raise UnsupportedCache(
-                f"an attention layer caches {list(key_states.shape)} and {list(value_states.shape)} where the layout says "
-                f"[1, {heads}, n, {dim}] with room for {capacity} positions. Fix: use batch 1 and a model that AVP supports."
+                f"an attention layer caches {list(key_states.shape)} and {list(value_states.shape)} where the "
+                f"layout says "
+                f"[1, {heads}, n, {dim}] with room for {capacity} positions. Fix: use batch 1 and a model that "
+                f"AVP supports."
             )
         self.arena_keys[:, :, self.length : stop].copy_(key_states)
         self.arena_values[:, :, self.length : stop].copy_(value_states)
@@ -78,7 +81,7 @@ class RunCache(Cache):  # type: ignore[misc]
     @property
     def length(self) -> int:
         """Positions that every layer holds."""
-        return min(layer.length for layer in self.layers)
+        return int(min(layer.length for layer in self.layers))
 
 
 def count_positions(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:

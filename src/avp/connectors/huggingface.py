@@ -21,15 +21,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avp import registry
 from avp.buffers import Buffer
 from avp.connectors import loading
+from avp.connectors.admission import admit
 from avp.connectors.arena import SLACK, Arena, Shape, Snapshot, continue_from
 from avp.connectors.cache import RunCache, count_positions
 from avp.connectors.chat import Plan, Renderer
+from avp.connectors.embeddings import Tables
 from avp.connectors.layout import cache_layout
 from avp.connectors.sampling import Sampling, Stream, eos_ids, run_generate
-from avp.connectors.state import dtype_name, from_segments, make_context, to_buffer, to_tensor
+from avp.connectors.state import from_segments, make_context, to_buffer, to_tensor
 from avp.connectors.weights import tokenizer_fingerprint, weights_fingerprint
-from avp.context import LATENT, Context, Exactness, Turn, worst
-from avp.errors import ContextTooLong, IdentityMismatch, UsageError
+from avp.context import LATENT, Context, Exactness, Turn
+from avp.errors import ContextTooLong, UsageError
 from avp.identity import ModelIdentity
 from avp.protocols import Prompt, Step
 from avp.receipt import Generation, Receipt, Usage
@@ -73,7 +75,8 @@ class HuggingFaceConnector:
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
     ) -> HuggingFaceConnector:
-        """Load by hub id, folder, .gguf file, "smollm2" or "gemma3"; device (cuda, mps, cpu) and dtype chosen where None.
+        """Load by hub id, folder, .gguf file, "smollm2" or "gemma3"; device (cuda, mps, cpu) and dtype chosen where
+        None.
 
         Raises:
             ModelNotFound: no such model. UnsupportedCache: AVP does not carry its cache.
@@ -132,7 +135,9 @@ class HuggingFaceConnector:
             raise UsageError(f"steps is {steps}. Fix: pass 0 or more.")
         self._check(context)
         step = self._step(method)
-        plan = self._renderer.extend(context, prompt, template=_template(tools, chat_template_kwargs), reply=True)
+        plan = _with_work(
+            self._renderer.extend(context, prompt, template=_template(tools, chat_template_kwargs), reply=True)
+        )
         with self._run(context, plan, more=steps) as cache:
             hidden = vector = self._hidden(cache, context, plan.ids[cache.length :])
             for _ in range(steps):
@@ -140,6 +145,7 @@ class HuggingFaceConnector:
                 output = self.model.base_model(inputs_embeds=vector[None], past_key_values=cache, use_cache=True)
                 hidden = output.last_hidden_state[0, -1:]
             ids = plan.ids + (LATENT,) * steps
+            turns: tuple[Turn, ...]
             if plan.turns[-1].role == "raw":
                 turns = (Turn(plan.turns[-1].message, (0, len(ids))),)
             else:
@@ -164,14 +170,17 @@ class HuggingFaceConnector:
     ) -> Generation:
         """Text after `context` and `prompt`; an empty prompt goes on with the turn that is open.
 
-        Greedy at temperature 0. The text ends with the stop string that ended it. `min_new_tokens` suppresses the end of
+        Greedy at temperature 0. The text ends with the token that completed a stop string. `min_new_tokens`
+        suppresses the end of
         sequence until then. `accept="text"` lets a context of other weights fall back to its text; the receipt says so.
 
         Raises:
             IdentityMismatch: the context was made by other weights and `accept` does not allow text.
             ContextTooLong, UsageError: before anything is computed.
         """
-        sampling = Sampling(max_new_tokens, min_new_tokens, temperature, top_p, (stop,) if isinstance(stop, str) else tuple(stop), seed)
+        sampling = Sampling(
+            max_new_tokens, min_new_tokens, temperature, top_p, (stop,) if isinstance(stop, str) else tuple(stop), seed
+        )
         return self._generate(prompt, context, sampling, _template(tools, chat_template_kwargs), accept, None)
 
     def stream(
@@ -191,9 +200,13 @@ class HuggingFaceConnector:
         accept: str = "exact",
     ) -> Stream:
         """As `generate`, piece by piece: iterate over the stream, then take its `result`. Closing it ends the run."""
-        sampling = Sampling(max_new_tokens, min_new_tokens, temperature, top_p, (stop,) if isinstance(stop, str) else tuple(stop), seed)
+        sampling = Sampling(
+            max_new_tokens, min_new_tokens, temperature, top_p, (stop,) if isinstance(stop, str) else tuple(stop), seed
+        )
         template = _template(tools, chat_template_kwargs)
-        return Stream(self.tokenizer, lambda stream: self._generate(prompt, context, sampling, template, accept, stream))
+        return Stream(
+            self.tokenizer, lambda stream: self._generate(prompt, context, sampling, template, accept, stream)
+        )
 
     @torch.no_grad()
     def score(self, ids: Sequence[int], *, context: Context | None = None) -> torch.Tensor:
@@ -215,7 +228,9 @@ class HuggingFaceConnector:
                 first = cache.length
                 last = min(first + _SCORED, len(plan.ids) - 1)
                 logits = self._logits(cache, context, plan.ids[first:last])
-                scores.append(torch.log_softmax(logits.float(), -1).gather(-1, targets[first + 1 : last + 1, None])[:, 0].cpu())
+                scores.append(
+                    torch.log_softmax(logits.float(), -1).gather(-1, targets[first + 1 : last + 1, None])[:, 0].cpu()
+                )
         return torch.cat(scores)[-len(ids) :]
 
     def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
@@ -234,13 +249,16 @@ class HuggingFaceConnector:
         stream: Stream | None,
     ) -> Generation:
         started = perf_counter()
-        base, mode, fallback = self._admit(context, accept)
+        base, mode, fallback = admit(context, self.identity, accept=accept)
         plan = self._renderer.extend(base, prompt, template=template, reply=True)
-        plan = replace(plan, reuse=min(plan.reuse, len(plan.ids) - 1), reasons=(*fallback, *plan.reasons))
+        plan = replace(_with_work(plan), reasons=(*fallback, *plan.reasons))
         room = self.max_positions - len(plan.ids)
         if room < sampling.max_new_tokens:
             self._check_room(len(plan.ids) + 1)
-            plan = replace(plan, reasons=(*plan.reasons, f"max_new_tokens cut to {room}: the model has {self.max_positions} positions"))
+            plan = replace(
+                plan,
+                reasons=(*plan.reasons, f"max_new_tokens cut to {room}: the model has {self.max_positions} positions"),
+            )
             sampling = replace(sampling, max_new_tokens=room)
         with torch.no_grad(), self._run(base, plan, more=sampling.max_new_tokens) as cache:
             vector = self._latent(base) if plan.ids[plan.reuse] == LATENT else None
@@ -252,7 +270,7 @@ class HuggingFaceConnector:
         reused = plan.reuse if mode == "kv" else 0
         receipt = Receipt(
             mode,
-            worst([base.exactness, *_cast_grade(base, self._shape)]) if base is not None and mode == "kv" else Exactness.TEXT,
+            result.exactness if mode == "kv" else Exactness.TEXT,
             bytes_reused=self._shape.nbytes(reused),
             tokens_reused=reused,
             positions_computed=cache.positions,
@@ -260,7 +278,8 @@ class HuggingFaceConnector:
             reasons=plan.reasons,
         )
         usage = Usage(len(plan.ids) - (len(base.tokens) if base is not None else 0), len(new), reused)
-        reason = "eos" if new and new[-1] in eos_ids(self.model) else "stop" if text.endswith(sampling.stop or "\0") else "length"
+        stopped = any(each in text for each in sampling.stop)
+        reason = "eos" if new and new[-1] in eos_ids(self.model) else "stop" if stopped else "length"
         return Generation(text, tokens=new, context=result, usage=usage, receipt=receipt, finish_reason=reason)
 
     @contextmanager
@@ -315,14 +334,16 @@ class HuggingFaceConnector:
     def _latent(self, context: Context | None) -> torch.Tensor:
         """The input vector of the context's last position, [1, hidden], kept for those that go on right after it."""
         if context is None or context.hidden is None:
-            raise UsageError("the context ends in a latent position whose input vector it does not hold. Fix: pass a prompt.")
+            raise UsageError(
+                "the context ends in a latent position whose input vector it does not hold. Fix: pass a prompt."
+            )
         return to_tensor(context.hidden, self.model.device).to(self.model.dtype)
 
     # --- what a context must be
 
     def _check(self, context: Context | None) -> None:
         if context is not None:
-            self._admit(context, "exact")
+            admit(context, self.identity, accept="exact")
 
     def _check_room(self, need: int) -> None:
         if need > self.max_positions:
@@ -330,27 +351,6 @@ class HuggingFaceConnector:
                 f"{need} positions are needed and {self.identity.id} has {self.max_positions}. Nothing was computed. "
                 "Fix: shorten the prompt, start from a shorter context, or ask for fewer tokens or steps."
             )
-
-    def _admit(self, context: Context | None, accept: str) -> tuple[Context | None, str, tuple[str, ...]]:
-        """The context as this model can use it, the mode of the hand-over, and the reasons for a fallback."""
-        floor = Exactness.parse(accept)
-        if context is None or context.model is None or context.kind == "text":
-            return context, "text", ()
-        if context.kind == "kv" and context.model.same_weights(self.identity):
-            return context, "kv", ()
-        if context.kind != "tokens" and floor is not Exactness.TEXT:
-            raise IdentityMismatch(
-                f"this context was made by {context.model.describe()} but the connector runs {self.identity.describe()}. "
-                "A KV-cache is valid only for the weights and the cache layout that made it. "
-                'Fix: load those weights, or pass accept="text" to go on from its text.'
-            )
-        why = f"no KV was used: the context is of kind {context.kind}, made by {context.model.describe()}"
-        if context.model.same_tokenizer(self.identity) and LATENT not in context.tokens:
-            return replace(context, kind="tokens", length=0, segments=(), hidden=None), "tokens", (why,)
-        turns = tuple(Turn(turn.message) for turn in context.turns if turn.content)
-        if not turns:
-            raise IdentityMismatch(f"{why}, and it holds no text to fall back to. Fix: hand over the text itself.")
-        return Context("text", turns=turns, template=context.template, exactness=Exactness.TEXT), "text", (why,)
 
     def _renamed(self, context: Context | None, plan: Plan) -> Context:
         """The context with more messages and nothing more to compute yet."""
@@ -366,7 +366,7 @@ class HuggingFaceConnector:
     def _step(self, method: str) -> Step:
         with self._lock:
             if method not in self._steps:
-                tables = _Tables(self.model)
+                tables = Tables(self.model)
                 with torch.no_grad():
                     self._steps[method] = registry.projection(method).fit(tables, tables)
             return self._steps[method]
@@ -375,22 +375,19 @@ class HuggingFaceConnector:
 _SCORED = 256  # positions whose logits are held at once by `score`
 
 
-class _Tables:
-    """The embeddings of a model, and the factor that its input layer puts on them."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.w_in: torch.Tensor = model.get_input_embeddings().weight
-        self.w_out: torch.Tensor = model.get_output_embeddings().weight
-        row = int(self.w_in[:64].abs().sum(-1).argmax())
-        seen = model.get_input_embeddings()(torch.tensor([row], device=self.w_in.device))[0]
-        self.scale = float((seen.float().norm() / self.w_in[row].float().norm()).item())
-
-
 def _template(
     tools: Sequence[Mapping[str, object]] | None, chat_template_kwargs: Mapping[str, object] | None
 ) -> Mapping[str, object]:
-    given = {"tools": list(tools) if tools else None, "chat_template_kwargs": dict(chat_template_kwargs) if chat_template_kwargs else None}
+    given = {
+        "tools": list(tools) if tools else None,
+        "chat_template_kwargs": dict(chat_template_kwargs) if chat_template_kwargs else None,
+    }
     return MappingProxyType({name: value for name, value in given.items() if value is not None})
+
+
+def _with_work(plan: Plan) -> Plan:
+    """A plan that computes at least the last position: the state after it is needed to go on."""
+    return replace(plan, reuse=min(plan.reuse, len(plan.ids) - 1))
 
 
 def _with_reply(plan: Plan, text: str, positions: int) -> tuple[Turn, ...]:
@@ -401,9 +398,3 @@ def _with_reply(plan: Plan, text: str, positions: int) -> tuple[Turn, ...]:
     if last.role == "assistant":
         return (*plan.turns[:-1], Turn({**last.message, "content": last.content + text}, last.opaque))
     return (*plan.turns, Turn({"role": "assistant", "content": text}))
-
-
-def _cast_grade(context: Context, shape: Shape) -> tuple[Exactness, ...]:
-    """KV of another dtype is cast, and then no longer the sender's."""
-    held = {segment.dtype for segment in context.segments}
-    return (Exactness.BOUNDED,) if held - {dtype_name(shape.dtype)} else ()

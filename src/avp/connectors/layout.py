@@ -22,7 +22,9 @@ def cache_layout(config: PreTrainedConfig, generation: GenerationConfig | None =
         UnsupportedCache: encoder-decoder, MLA, state-space, hybrid, chunked or shared layers, an unknown rope scaling.
     """
     if config.is_encoder_decoder:
-        raise UnsupportedCache(f"{config.model_type} is an encoder-decoder; AVP carries decoder-only models. Fix: hand over text.")
+        raise UnsupportedCache(
+            f"{config.model_type} is an encoder-decoder; AVP carries decoder-only models. Fix: hand over text."
+        )
     if generation is not None and generation.cache_implementation == "quantized":
         raise UnsupportedCache(
             f"{config.model_type} is set to a quantized cache, which AVP does not carry. "
@@ -55,9 +57,13 @@ def cache_layout(config: PreTrainedConfig, generation: GenerationConfig | None =
 
 def _refuse_unknown(name: str, fields: Mapping[str, object]) -> None:
     if fields.get("kv_lora_rank"):
-        raise UnsupportedCache(f"{name} keeps latent keys and values (MLA), which AVP does not carry yet. Fix: hand over text.")
+        raise UnsupportedCache(
+            f"{name} keeps latent keys and values (MLA), which AVP does not carry yet. Fix: hand over text."
+        )
     if fields.get("num_kv_shared_layers"):
-        raise UnsupportedCache(f"{name} shares one KV between layers, which AVP does not carry yet. Fix: hand over text.")
+        raise UnsupportedCache(
+            f"{name} shares one KV between layers, which AVP does not carry yet. Fix: hand over text."
+        )
 
 
 def _layer_kinds(text: PreTrainedConfig, fields: Mapping[str, object]) -> list[str]:
@@ -80,7 +86,10 @@ def _rope(name: str, fields: Mapping[str, object], kind: str) -> str:
         return ""
     rope = rope.get(kind, rope) if kind in rope or "full_attention" in rope else rope
     if isinstance(rope, dict) and rope.get("rope_type", "default") not in _ROPE_TYPES:
-        raise UnsupportedCache(f"{name} scales its rotary positions by {rope.get('rope_type')!r}, which AVP does not know. Fix: hand over text.")
+        raise UnsupportedCache(
+            f"{name} scales its rotary positions by {rope.get('rope_type')!r}, which AVP does not know. Fix: "
+            f"hand over text."
+        )
     return canonical_json({"partial": fields.get("partial_rotary_factor"), **(rope if isinstance(rope, dict) else {})})
 
 

@@ -42,7 +42,9 @@ def load(name: str | Path, *, device: str | torch.device | None, dtype: str | to
 
 
 def resolve(name: str | Path) -> str | Path:
-    """A folder that `from_pretrained` loads, or the hub id as it is; built-in models and GGUF files are converted once."""
+    """A folder that `from_pretrained` loads, or the hub id as it is; built-in models and GGUF files are converted
+    once.
+    """
     if str(name) in models.BUILTIN:
         return models.converted(str(name)) if models.converted(str(name)).is_dir() else _convert_builtin(str(name))
     path = Path(name).expanduser()
@@ -74,7 +76,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; else float32 on the CPU, where 16-bit prefill is several times slower, and bfloat16 elsewhere.
+    """The dtype asked for; else float32 on the CPU, where 16-bit prefill is several times slower, and bfloat16
+    elsewhere.
 
     Raises:
         UsageError: not float32, float16 or bfloat16.
@@ -82,7 +85,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in _DTYPES.values():
+    if found is None or found not in _DTYPES.values():
         raise UsageError(f"dtype {dtype!r} is not supported. Fix: use one of {', '.join(_DTYPES)}.")
     return found
 
@@ -92,8 +95,10 @@ def _load_folder(folder: str | Path, name: str | Path, dtype: torch.dtype | str)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelNotFound(
-            f"no model {str(name)!r}: it is no built-in ({', '.join(models.BUILTIN)}), no folder or .gguf file with a causal model, "
-            f"and no hub gave it ({str(error).splitlines()[0][:200]}). Fix: check the name, or download the model and pass its folder."
+            f"no model {str(name)!r}: it is no built-in ({', '.join(models.BUILTIN)}), no folder or .gguf file "
+            f"with a causal model, "
+            f"and no hub gave it ({str(error).splitlines()[0][:200]}). Fix: check the name, or download the "
+            f"model and pass its folder."
         ) from error
     return model
 

@@ -38,10 +38,14 @@ class Sampling:
     seed: int | None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}, min_new_tokens {self.min_new_tokens}. Fix: at least 1 and 0.")
+        if self.max_new_tokens < 1 or not self.min_new_tokens >= 0:
+            raise UsageError(
+                f"max_new_tokens is {self.max_new_tokens}, min_new_tokens {self.min_new_tokens}. Fix: at least 1 and 0."
+            )
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UsageError(f"temperature is {self.temperature}, top_p {self.top_p}. Fix: temperature >= 0, 0 < top_p <= 1.")
+            raise UsageError(
+                f"temperature is {self.temperature}, top_p {self.top_p}. Fix: temperature >= 0, 0 < top_p <= 1."
+            )
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from avp.buffers import Buffer
 from avp.connectors.arena import SLACK, Arena, Shape, Snapshot
 from avp.connectors.chat import Plan
-from avp.context import LATENT, Context, Exactness, cut_segments, worst
+from avp.context import LATENT, Context, Exactness, Segment, cut_segments, worst
 from avp.errors import UsageError
 from avp.identity import ModelIdentity
 
@@ -26,7 +26,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     """
     found = next((name for name, each in _TORCH.items() if each == dtype), None)
     if found is None:
-        raise UsageError(f"the model computes in {dtype}, which AVP does not carry. Fix: load it in {', '.join(_TORCH)}.")
+        raise UsageError(
+            f"the model computes in {dtype}, which AVP does not carry. Fix: load it in {', '.join(_TORCH)}."
+        )
     return found
 
 
@@ -59,7 +61,9 @@ def to_tensor(buffer: Buffer, device: torch.device) -> torch.Tensor:
     return (tensor.view(torch.bfloat16) if buffer.dtype == "bfloat16" else tensor).to(device)
 
 
-def make_context(identity: ModelIdentity, snapshot: Snapshot, plan: Plan, base: Context | None, *, hidden: Buffer | None = None) -> Context:
+def make_context(
+    identity: ModelIdentity, snapshot: Snapshot, plan: Plan, base: Context | None, *, hidden: Buffer | None = None
+) -> Context:
     """The context of what a run computed: `plan.ids`, of which the snapshot holds the KV."""
     arena, length = snapshot.arena, snapshot.length
     segments = cut_segments(
@@ -67,22 +71,29 @@ def make_context(identity: ModelIdentity, snapshot: Snapshot, plan: Plan, base: 
         plan.ids[:length],
         dtype=dtype_name(arena.shape.dtype),
         tensors=lambda start, stop: ArenaTensors(arena, start, stop),
-        grade=_grades(plan.ids, plan.reuse, base),
+        grade=_grades(plan, base, dtype_name(arena.shape.dtype)),
     )
     exactness = worst(segment.exactness for segment in segments)
     return Context("kv", identity, plan.ids, length, plan.turns, plan.template, segments, hidden, exactness)
 
 
-def _grades(ids: Sequence[int], reuse: int, base: Context | None) -> Callable[[int], Exactness]:
-    """Exactness of the positions up to `stop`: that of the base where it was reused, and no better behind latent ones."""
-    latent = next((i for i, token in enumerate(ids) if token == LATENT), len(ids))
-    old = base.segments if base is not None and reuse else ()
+def _grades(plan: Plan, base: Context | None, dtype: str) -> Callable[[int], Exactness]:
+    """Exactness of the positions up to `stop`: that of the base where it was reused, and no better behind latent
+    ones.
+    """
+    latent = next((i for i, token in enumerate(plan.ids) if token == LATENT), len(plan.ids))
+    old = base.segments if base is not None and plan.reuse else ()
 
     def grade(stop: int) -> Exactness:
-        parts = [segment.exactness for segment in old if segment.start < min(stop, reuse)]
+        parts = [here(segment, dtype) for segment in old if segment.start < min(stop, plan.reuse)]
         return worst([*parts, Exactness.APPROXIMATE if latent < stop else Exactness.EXACT])
 
     return grade
+
+
+def here(segment: Segment, dtype: str) -> Exactness:
+    """The class of a segment in a cache of `dtype`: KV of another dtype is cast, and then no longer the sender's."""
+    return segment.exactness if segment.dtype == dtype else worst([segment.exactness, Exactness.BOUNDED])
 
 
 def from_segments(context: Context, shape: Shape) -> Snapshot:

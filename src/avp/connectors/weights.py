@@ -1,7 +1,8 @@
 """Fingerprints of a loaded transformers model and of its tokenizer.
 
 The weights' fingerprint is BLAKE3 over name, shape and values of every tensor, values rounded to bfloat16, so that one
-checkpoint has one fingerprint whatever dtype it is loaded in. Tensors up to `WHOLE` elements count entirely; of a larger
+checkpoint has one fingerprint whatever dtype it is loaded in. Tensors up to `WHOLE` elements count entirely; of a
+larger
 one every row gives `PER_ROW` values at columns that shift from row to row, so that a change of any row or column shows.
 """
 
@@ -38,12 +39,19 @@ def _entries(model: PreTrainedModel) -> Iterator[tuple[str, list[int], bytes]]:
             continue
         seen.add(place)
         yield name, list(tensor.shape), _values(tensor)
-    if _has_adapters(state):
-        yield "active adapters", [], canonical_json(sorted(model.active_adapters())).encode()
+    if any(".lora_" in name for name in state):
+        yield "adapters", [], canonical_json(_active_adapters(model)).encode()
 
 
-def _has_adapters(state: dict[str, torch.Tensor]) -> bool:
-    return any(".lora_" in name for name in state)
+def _active_adapters(model: PreTrainedModel) -> list[list[object]]:
+    """Of each adapted module: the adapters in use, their factors, and whether they are switched off."""
+    from peft.tuners.lora import LoraLayer
+
+    return [
+        [name, list(module.active_adapters), dict(module.scaling), bool(module.disable_adapters)]
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
 
 
 def _values(tensor: torch.Tensor) -> bytes:
@@ -69,7 +77,9 @@ def kept_fingerprint(checkpoint: Path) -> str | None:
 
 
 def keep_fingerprint(checkpoint: Path, weights: str) -> None:
-    """Note the fingerprint beside the checkpoint, bound to path, size and time of its weight files, if that can be written."""
+    """Note the fingerprint beside the checkpoint, bound to path, size and time of its weight files, if that can be
+    written.
+    """
     with contextlib.suppress(OSError):
         (checkpoint / _NOTE).write_text(json.dumps({"stamp": _stamp(checkpoint), "weights": weights}))
 

@@ -1,4 +1,6 @@
-"""noise: random vectors of the length of an input embedding. The control: what a latent step must beat to mean anything."""
+"""noise: random vectors of the length of an input embedding. The control: what a latent step must beat to mean
+anything.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from avp.projections.norm import mean_norm, rescale
 from avp.protocols import Embeddings, Projection, Step
-from avp.projections.norm import mean_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Noise:
 
         def step(hidden: torch.Tensor) -> torch.Tensor:
             drawn = torch.randn(hidden.shape[0], width, dtype=hidden.dtype, device=hidden.device)
-            return drawn * (length / drawn.norm(dim=-1, keepdim=True))
+            return rescale(drawn, length)
 
         return step
 

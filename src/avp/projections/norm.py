@@ -23,14 +23,21 @@ class Norm:
         length = mean_norm(target)
 
         def step(hidden: torch.Tensor) -> torch.Tensor:
-            return hidden * (length / hidden.norm(dim=-1, keepdim=True))
+            return rescale(hidden, length)
 
         return step
 
 
 def mean_norm(embeddings: Embeddings) -> torch.Tensor:
     """Mean length of an input embedding as the model sees it, a scalar tensor in the model's dtype."""
-    return embeddings.w_in.norm(dim=-1).mean() * embeddings.scale
+    length: torch.Tensor = embeddings.w_in.norm(dim=-1).mean() * embeddings.scale
+    return length
+
+
+def rescale(vectors: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Vectors [n, hidden] at that length."""
+    scaled: torch.Tensor = vectors * (length / vectors.norm(dim=-1, keepdim=True))
+    return scaled
 
 
 PROJECTION: Projection = Norm()

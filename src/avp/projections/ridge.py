@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from avp.projections.norm import mean_norm, rescale
 from avp.protocols import Embeddings, Projection, Step
-from avp.projections.norm import mean_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Ridge:
 
         def step(hidden: torch.Tensor) -> torch.Tensor:
             mapped = hidden @ matrix
-            return mapped * (length / mapped.norm(dim=-1, keepdim=True))
+            return rescale(mapped, length)
 
         return step
 

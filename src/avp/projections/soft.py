@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from avp.projections.norm import mean_norm, rescale
 from avp.protocols import Embeddings, Projection, Step
-from avp.projections.norm import mean_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Soft:
 
         def step(hidden: torch.Tensor) -> torch.Tensor:
             mixed = torch.softmax(hidden @ source.w_out.T, dim=-1) @ target.w_in
-            return mixed * (length / mixed.norm(dim=-1, keepdim=True))
+            return rescale(mixed, length)
 
         return step
 

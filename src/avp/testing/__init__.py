@@ -3,7 +3,8 @@
 Tiny models need transformers, and are imported from `avp.testing.tiny`.
 """
 
+from avp.testing.codec import CodecConformance
 from avp.testing.conformance import ConnectorConformance
 from avp.testing.synthetic import synthetic_context
 
-__all__ = ["ConnectorConformance", "synthetic_context"]
+__all__ = ["CodecConformance", "ConnectorConformance", "synthetic_context"]

@@ -48,10 +48,15 @@ class ConnectorConformance:
         """The engine alone, over the same weights."""
         raise NotImplementedError
 
-    def go(self, connector: HuggingFaceConnector, context: Context, ids: Sequence[int] | None = None) -> tuple[int, ...]:
+    def go(
+        self, connector: HuggingFaceConnector, context: Context, ids: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
         """Greedy tokens after `ids`, exactly `new_tokens` of them."""
         found = connector.generate(
-            list(self.then if ids is None else ids), context=context, max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens
+            list(self.then if ids is None else ids),
+            context=context,
+            max_new_tokens=self.new_tokens,
+            min_new_tokens=self.new_tokens,
         )
         return found.tokens
 
@@ -102,7 +107,9 @@ class ConnectorConformance:
         for hop in range(4):
             ids = list(self.then[hop:])
             received = Context.from_bytes(context.to_bytes())
-            found = connector.generate(ids, context=received, max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens)
+            found = connector.generate(
+                ids, context=received, max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens
+            )
             assert found.tokens == engine.run(ids, self.new_tokens), f"hop {hop}"
             context = found.context
 
@@ -142,7 +149,10 @@ class ConnectorConformance:
         stream = connector.stream(list(self.then), context=context, max_new_tokens=self.new_tokens)
         pieces = list(stream)
         assert "".join(pieces) == stream.result
-        assert stream.result.tokens == connector.generate(list(self.then), context=context, max_new_tokens=self.new_tokens).tokens
+        assert (
+            stream.result.tokens
+            == connector.generate(list(self.then), context=context, max_new_tokens=self.new_tokens).tokens
+        )
 
 
 def _raised(call: Callable[[], object]) -> type[BaseException] | None:

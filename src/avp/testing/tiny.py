@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
-from tokenizers import trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
     from avp.connectors.huggingface import HuggingFaceConnector
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Demands that user and assistant alternate, and trims, as the templates of Mistral and Gemma do.
@@ -43,7 +43,7 @@ REASONING = (
     "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_CORPUS = ("The planner plans, the critic reads the plan and the solver answers: 12 apples and 7 pears are 19 pieces of fruit. " * 4,)
+_CORPUS = ("The planner plans, the critic reads the plan and the solver answers: 12 apples and 7 pears. " * 4,)
 FAMILIES = ("llama", "qwen2", "mistral", "gemma3")
 
 
@@ -64,9 +64,11 @@ def tiny_tokenizer(*, chat_template: str | None = CHATML) -> PreTrainedTokenizer
     return fast
 
 
-def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+def tiny_model(
+    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
     """A random model of 4 layers, hidden size 64, 2 kv heads of 16; "mistral" and "gemma3" slide a window of 24."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": 320,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -87,12 +89,16 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
         if family == "llama":
             model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
         elif family == "qwen2":
-            model = Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in common.items() if k != "head_dim"}, tie_word_embeddings=True))
+            model = Qwen2ForCausalLM(
+                Qwen2Config(**{k: v for k, v in common.items() if k != "head_dim"}, tie_word_embeddings=True)
+            )
         elif family == "mistral":
             model = MistralForCausalLM(MistralConfig(**common, sliding_window=24))
         else:
             kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-            model = Gemma3ForCausalLM(Gemma3TextConfig(**common, sliding_window=24, layer_types=kinds, query_pre_attn_scalar=16))
+            model = Gemma3ForCausalLM(
+                Gemma3TextConfig(**common, sliding_window=24, layer_types=kinds, query_pre_attn_scalar=16)
+            )
     return model.to(dtype).eval()
 
 

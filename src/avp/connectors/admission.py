@@ -1,0 +1,39 @@
+"""Which contexts a model may go on from, and as what. KV moves only between equal weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from avp.context import LATENT, Context, Exactness, Turn
+from avp.errors import IdentityMismatch
+from avp.identity import ModelIdentity
+
+
+def admit(
+    context: Context | None, identity: ModelIdentity, *, accept: str
+) -> tuple[Context | None, str, tuple[str, ...]]:
+    """The context as the model can use it, the mode of the hand-over ("kv", "tokens", "text"), and the reasons for a
+    fallback.
+
+    Raises:
+        IdentityMismatch: other weights and `accept` is above "text", or nothing that the model could read.
+        UsageError: `accept` is no class of exactness.
+    """
+    floor = Exactness.parse(accept)
+    if context is None or context.model is None or context.kind == "text":
+        return context, "text", ()
+    if context.kind == "kv" and context.model.same_weights(identity):
+        return context, "kv", ()
+    if context.kind != "tokens" and floor is not Exactness.TEXT:
+        raise IdentityMismatch(
+            f"this context was made by {context.model.describe()} but the connector runs {identity.describe()}. "
+            "A KV-cache is valid only for the weights and the cache layout that made it. "
+            'Fix: load those weights, or pass accept="text" to go on from its text.'
+        )
+    why = f"no KV was used: the context is of kind {context.kind}, made by {context.model.describe()}"
+    if context.model.same_tokenizer(identity) and context.tokens and LATENT not in context.tokens:
+        return replace(context, kind="tokens", length=0, segments=(), hidden=None), "tokens", (why,)
+    turns = tuple(Turn(turn.message) for turn in context.turns if turn.content)
+    if not turns:
+        raise IdentityMismatch(f"{why}, and it holds no text to fall back to. Fix: hand over the text itself.")
+    return Context("text", turns=turns, template=context.template, exactness=Exactness.TEXT), "text", (why,)

@@ -1,0 +1,235 @@
+"""A context is an immutable run of positions, named page by page."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+from blake3 import blake3
+
+from avp.buffers import Buffer
+from avp.context import LATENT, PAGE, Context, Exactness, Turn, page_id, root_page, text_context, worst
+from avp.errors import AVPError, UsageError
+from avp.identity import CacheLayout, LayerLayout, ModelIdentity
+from avp.testing import synthetic_context
+from samples import described, hidden_context, kv_bytes, kv_context, subset, tokens_context
+
+MODEL = ModelIdentity("m", "f", "ab" * 32, "cd" * 32, CacheLayout((LayerLayout(1, 2),)))
+ROOT = "93d20a95daa24c3b336870d441a1a1b023af8e3a7ee8f43f7117088b9d490934"
+PAGE_OF_1_2_3 = "877ef23c511767dafa4c7abf46d5a27e37e30dcc42c6294031821a8769543b49"
+
+
+# --- page ids
+
+
+def test_the_root_page_has_a_golden_value() -> None:
+    assert root_page(MODEL) == ROOT
+
+
+def test_a_page_has_a_golden_value() -> None:
+    assert page_id(ROOT, (1, 2, 3)) == PAGE_OF_1_2_3
+
+
+def test_a_page_id_is_blake3_of_parent_ids_and_latent_digest_with_their_lengths() -> None:
+    ids = b"".join(i.to_bytes(8, "little", signed=True) for i in (1, LATENT, 3))
+    message = bytes.fromhex(ROOT) + (24).to_bytes(8, "little") + ids + (2).to_bytes(8, "little") + b"xy"
+    assert page_id(ROOT, (1, LATENT, 3), latent=b"xy") == blake3(message).hexdigest()
+
+
+def test_a_growing_context_changes_only_its_last_page() -> None:
+    for tokens in (1, 31, 33, 255, 300):
+        short, long = (pages(kv_context(range(n))) for n in (tokens, tokens + 1))
+        whole = tokens // PAGE
+        assert short[:whole] == long[:whole]
+        assert tokens % PAGE == 0 or short[whole] != long[whole]
+        assert len(long) == -(-(tokens + 1) // PAGE)
+
+
+def test_a_changed_token_changes_its_page_and_every_later_one() -> None:
+    ids = list(range(300))
+    ids[100] += 1
+    before, after = pages(kv_context(range(300))), pages(kv_context(ids))
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True] * 3 + [False] * 7
+
+
+def test_a_salt_other_weights_and_another_layout_change_every_page() -> None:
+    windowed = replace(MODEL, layout=CacheLayout((LayerLayout(1, 2, window=8),)))
+    roots = [
+        root_page(MODEL),
+        root_page(MODEL, salt=b"t"),
+        root_page(replace(MODEL, weights="00")),
+        root_page(windowed),
+    ]
+    assert len(set(roots)) == 4
+    assert len({page_id(root, (1, 2)) for root in roots}) == 4
+
+
+def test_names_and_tokenizer_change_no_page() -> None:
+    assert root_page(replace(MODEL, id="x", family="y", tokenizer="z")) == root_page(MODEL)
+
+
+def test_salt_and_weights_cannot_be_shifted_into_each_other() -> None:
+    assert root_page(replace(MODEL, weights="bc"), salt=b"a") != root_page(replace(MODEL, weights="c"), salt=b"ab")
+
+
+def test_latent_pages_hash_the_kv_of_their_latent_positions_alone() -> None:
+    ids = [*range(40), LATENT, LATENT, 7]
+    context = kv_context(ids)
+    hasher = blake3()
+    for layer in (0, 1):
+        for part in "kv":
+            hasher.update(context.segments[0].read(layer, part).array[:, [40, 41]].tobytes())
+    first = page_id(root_page(context.model), ids[:32])
+    assert pages(context) == (first, page_id(first, ids[32:], latent=hasher.digest()))
+
+
+def test_the_kv_of_positions_with_ids_names_no_page() -> None:
+    first, second = synthetic_context(dtype="float32"), synthetic_context(dtype="float16")
+    assert pages(replace(first, tokens=second.tokens)) == pages(first)
+    ids = [1, 2, 3]
+    assert pages(kv_context(ids, dtype="float32")) == pages(kv_context(ids, dtype="float16"))
+
+
+def pages(context: Context) -> tuple[str, ...]:
+    return tuple(page for segment in context.segments for page in segment.pages)
+
+
+# --- cutting
+
+
+@pytest.mark.parametrize("stop", [0, 1, 31, 32, 33, 255, 256, 257, 288, 299, 300])
+def test_a_cut_has_the_pages_and_the_kv_of_a_context_of_the_same_ids(stop: int) -> None:
+    whole = kv_context(range(300))
+    cut = whole[:stop]
+    fresh = kv_context(range(stop))
+    assert (len(cut), cut.tokens) == (stop, fresh.tokens)
+    assert pages(cut) == pages(fresh)
+    for found, segment in zip(cut.segments, whole.segments, strict=False):
+        for layer in (0, 1):
+            rows = segment.read(layer, "v").array[:, : len(found)]
+            assert found.read(layer, "v").array.tobytes() == rows.tobytes()
+    assert described(Context.from_bytes(cut.to_bytes())) == described(cut)
+    assert kv_bytes(Context.from_bytes(cut.to_bytes())) == kv_bytes(cut)
+
+
+def test_a_cut_copies_nothing_and_leaves_the_whole_as_it_was() -> None:
+    whole = synthetic_context(tokens=100, dtype="float32")
+    before = described(whole)
+    cut = whole[:50]
+    assert np.shares_memory(cut.segments[0].read(0, "k").array, whole.segments[0].read(0, "k").array)
+    assert described(whole) == before
+
+
+def test_a_cut_of_a_cut_is_the_shorter_cut() -> None:
+    whole = kv_context(range(300))
+    assert pages(whole[:290][:270]) == pages(whole[:270])
+    assert kv_bytes(whole[:290][:270]) == kv_bytes(whole[:270])
+
+
+def test_a_cut_drops_what_no_longer_holds() -> None:
+    whole = kv_context(range(40), pending=(9,), turns=(Turn({"role": "user", "content": "x"}),))
+    whole = replace(whole, hidden=Buffer("float32", np.zeros((1, 2), np.float32)))
+    assert whole[:40] is whole
+    assert whole[:] is whole
+    cut = whole[:39]
+    assert (cut.pending, cut.hidden) == ((), None)
+    assert [(turn.role, turn.opaque) for turn in cut.turns] == [("raw", (0, 39))]
+    assert whole[:0].turns == ()
+
+
+def test_a_cut_before_latent_positions_is_exact_again() -> None:
+    whole = kv_context([*range(256), LATENT])
+    assert whole.exactness is Exactness.APPROXIMATE
+    assert whole[:256].exactness is Exactness.EXACT
+
+
+def test_a_cut_between_a_pages_ids_and_its_latent_positions_is_named_by_the_ids() -> None:
+    whole = kv_context([*range(40), LATENT])
+    assert pages(whole[:40]) == pages(kv_context(range(40)))
+    with pytest.raises(UsageError, match="cut at a multiple of 32"):
+        kv_context([*range(40), LATENT, 5])[:41]
+
+
+def test_a_subset_is_cut_where_its_pages_can_be_named() -> None:
+    whole = kv_context(range(900))
+    tail = subset(whole, 1, 2)
+    assert pages(tail[:600]) == pages(whole[:600])[8:]
+    assert pages(tail[:520]) == pages(whole[:520])[8:]
+    assert pages(tail[:290]) == pages(whole[:290])[8:]
+    assert pages(tail[:288]) == pages(whole[:288])[8:]
+    with pytest.raises(UsageError, match="the segment before position 256 is missing"):
+        tail[:270]
+    assert tail[:100].segments == ()
+
+
+@pytest.mark.parametrize("where", [slice(1, 2), slice(None, None, 2), slice(None, -1), slice(None, 41), 3])
+def test_only_the_end_can_be_cut(where: slice) -> None:
+    with pytest.raises(UsageError, match="Fix: use"):
+        kv_context(range(40))[where]
+
+
+# --- values
+
+
+def test_a_context_does_not_change() -> None:
+    context = synthetic_context()
+    for thing, field in (
+        (context, "tokens"),
+        (context.segments[0], "pages"),
+        (context.turns[0], "opaque"),
+        (MODEL, "id"),
+    ):
+        with pytest.raises((FrozenInstanceError, TypeError)):
+            setattr(thing, field, ())
+
+
+def test_a_context_says_what_it_is() -> None:
+    context = kv_context(range(3), pending=(5, 6))
+    assert repr(context) == "<Context kv, 3 positions, 2 pending, a/model, exact>"
+    assert repr(text_context("x")) == "<Context text, 0 positions, 0 pending, no model, text>"
+
+
+def test_bytes_are_those_that_a_receiver_would_hold() -> None:
+    assert (
+        synthetic_context(layers=3, kv_heads=2, head_dim=8, tokens=10, dtype="float16").nbytes == 3 * 2 * 2 * 8 * 10 * 2
+    )
+    assert hidden_context(5, "float32").nbytes == 5 * 6 * 4
+    assert text_context("é").nbytes == 2
+    assert tokens_context(4).nbytes == 0
+    assert subset(kv_context(range(300)), 1).nbytes == 44 * kv_context([]).model.layout.bytes_per_token("float32")
+
+
+def test_text_is_what_a_reader_without_the_model_gets() -> None:
+    parts = [{"type": "text", "text": "b"}, {"type": "image", "url": "x"}, "not a part"]
+    contents = ("a", parts, "", None, 7, "c")
+    context = Context("text", turns=tuple(Turn({"role": "user", "content": content}) for content in contents))
+    assert context.text == "a\n\nb\n\nc"
+    assert [message["content"] for message in context.messages] == list(contents)
+
+
+def test_a_message_without_role_is_the_users() -> None:
+    assert Turn({}).role == "user"
+    assert text_context("x", role="system").turns[0].role == "system"
+
+
+def test_classes_have_names_and_an_order() -> None:
+    assert [each.label for each in Exactness] == ["exact", "bounded", "approximate", "text"]
+    assert [Exactness.parse(each.label) for each in Exactness] == list(Exactness)
+    assert worst([]) is Exactness.EXACT
+    assert worst([Exactness.BOUNDED, Exactness.TEXT, Exactness.EXACT]) is Exactness.TEXT
+    with pytest.raises(UsageError, match="use one of exact, bounded, approximate, text"):
+        Exactness.parse("good")
+
+
+def test_a_segment_knows_where_it_lies() -> None:
+    segments = kv_context(range(300)).segments
+    assert [(each.start, each.stop, len(each), len(each.pages)) for each in segments] == [
+        (0, 256, 256, 8),
+        (256, 300, 44, 2),
+    ]
+
+
+def test_every_error_of_the_library_has_one_root() -> None:
+    with pytest.raises(AVPError):
+        kv_context(range(3))[1:]
