@@ -190,6 +190,12 @@ def test_a_context_says_what_it_is() -> None:
     assert repr(text_context("x")) == "<Context text, 0 positions, 0 pending, no model, text>"
 
 
+def test_a_context_without_positions_is_not_nothing() -> None:
+    assert len(text_context("x")) == 0
+    assert text_context("x")
+    assert kv_context([])
+
+
 def test_bytes_are_those_that_a_receiver_would_hold() -> None:
     assert (
         synthetic_context(layers=3, kv_heads=2, head_dim=8, tokens=10, dtype="float16").nbytes == 3 * 2 * 2 * 8 * 10 * 2

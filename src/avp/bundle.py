@@ -233,6 +233,11 @@ def _read_any(raw: bytes, limits: Limits) -> tuple[Manifest, list[int]]:
         raise BundleError(
             "this is no AVP bundle: its __metadata__ holds no manifest. Fix: pass what Context.to_bytes or save wrote."
         )
+    if len(metadata) != 2:
+        raise BundleError(
+            f"__metadata__ holds more than avp and format: {str(sorted(metadata))[:200]}. "
+            "Fix: pass what Context.to_bytes or save wrote."
+        )
     if len(table) > limits.tensors:
         raise LimitExceeded(
             f"the bundle holds {len(table)} tensors; at most {limits.tensors} are allowed. Fix: raise Limits.tensors."

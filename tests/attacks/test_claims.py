@@ -52,11 +52,18 @@ def _overlap() -> list[bytes]:
     return [bytes(forgery), bytes(again)]
 
 
+def _second_without_digests() -> list[bytes]:
+    forgery = victim(tokens=512)
+    forgery.segment(1)["digests"] = ""
+    return [bytes(forgery)]
+
+
 OPAQUE = [[0, 41], [-1, 3], [5, 4], [2**63, 2**63], [0], [0, 1, 2], "01", {}, [0.0, 1], [None, 1]]
 WORDS = ["", "KV", "weights", "x" * 10_000, None, 5, [], {}]
 LINKS = ["../../etc/passwd", "os:system", "avp.codecs.raw:CODEC", "RAW", "", "x" * 100_000]
 
 ABUSES = [
+    Abuse("digests for the first segment alone", _second_without_digests, BundleError),
     Abuse(
         "another format version",
         variants(field_of("avp"), [0, 2, "1", 1.0, True, None, "x" * 10_000]),

@@ -104,6 +104,11 @@ def _manifest_no_json() -> list[bytes]:
 
 
 ABUSES = [
+    Abuse(
+        "__metadata__ holds another field",
+        variants(_metadata, [{"format": "avp", "x": "y"}, {"format": "avp", "": 5}]),
+        BundleError,
+    ),
     Abuse("the header is no JSON object", _broken, BundleError),
     Abuse("the header is not UTF-8", _no_utf8, BundleError),
     Abuse("half a surrogate pair is smuggled in by an escape", _surrogates, BundleError),

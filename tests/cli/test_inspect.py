@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from avp.buffers import Buffer
 from avp.bundle import header_size, pack
 from avp.cli import cli, main
-from avp.context import LATENT, Context, Exactness, Turn, text_context
+from avp.context import LATENT, PAGE, Context, Exactness, Turn, text_context
 from avp.testing import synthetic_context
 
 AVP = [sys.executable, "-c", "from avp.cli import main; main()"]
@@ -269,20 +269,21 @@ def test_latent_positions_and_unknown_ids_have_a_place_in_the_text(tmp_path: Pat
     folder = tmp_path / "tokenizer"
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
-    ids = tokenizer.encode("the pläne 🍎")
+    ids = tokenizer.encode("pläne 🍎")
+    tokens = (*ids, LATENT, LATENT, 999_999, *ids)
+    assert len(tokens) <= PAGE  # the id of a page with latent positions does not follow from its token ids
     path = tmp_path / "state.avp"
-    whole = synthetic_context()
-    replace(whole, kind="tokens", tokens=(*ids, LATENT, LATENT, 999_999, *ids), length=0, segments=(), turns=()).save(
-        path
-    )
+    replace(synthetic_context(tokens=len(tokens)), tokens=tokens).save(path)
+    assert document(path)["latent"] == 2
+    assert f"{len(tokens)} (2 latent)" in run(str(path)).stdout
     text = document(path, "--to-text", "--model", str(folder))["text"]
     assert text == {
-        "text": "the pläne 🍎⟨latent⟩⟨latent⟩⟨id 999999⟩the pläne 🍎",
+        "text": "pläne 🍎⟨latent⟩⟨latent⟩⟨id 999999⟩pläne 🍎",
         "tokenizer": str(folder),
         "same_tokenizer": False,
     }
     shown = run("--to-text", "--model", str(folder), str(path)).stdout
-    assert "the pläne 🍎⟨latent⟩⟨latent⟩" in shown
+    assert "pläne 🍎⟨latent⟩⟨latent⟩" in shown
     assert "another tokenizer" in shown
 
 

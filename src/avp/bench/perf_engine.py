@@ -1,4 +1,4 @@
-"""Engine figures: time to the first token, decoding and fan-out from one context, against transformers' own DynamicCache."""
+"""Engine figures: first token, decoding and fan-out from one context, against transformers' own DynamicCache."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def fanout(connector: HuggingFaceConnector, ids: Sequence[int], sizes: Sizes) ->
 
 
 def _deep_copies(connector: HuggingFaceConnector, context: Context, tails: Sequence[int]) -> dict[str, int]:
-    """What the same takes with a deep copy of a DynamicCache for each generation; tails are zeros, nothing is computed."""
+    """What the same takes with a deep copy of a DynamicCache for each generation; tails are zeros, not computed."""
     cache = _dynamic(connector, context)
     before = resident()
     copies = [copy.deepcopy(cache) for _ in tails]

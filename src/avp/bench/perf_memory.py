@@ -102,8 +102,10 @@ def resident() -> int:
 
 
 def kv_pages() -> dict[str, int]:
-    """Pages behind all arenas of this process. `mapped`: each page once, however many mappings show it (the sum of Pss);
-    `files` + `private`: the same from the other side, pages of the files in RAM and pages that forks wrote.
+    """Bytes of the pages behind all arenas of this process.
+
+    `mapped` counts each page once, however many mappings show it (the sum of Pss). `files`, the pages of the files in
+    RAM, and `private`, those that forks wrote, count the same from the other side.
     """
     blocks = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
     arenas = [block for block in blocks if "/memfd:avp-kv" in block.partition("\n")[0]]

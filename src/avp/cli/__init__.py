@@ -41,6 +41,8 @@ class _Lazy(click.Group):
         except MissingExtra:
             raise
         except ImportError as error:
+            if (error.name or "").partition(".")[0] == "avp":
+                raise
             raise missing_extra(error, feature=f"avp {cmd_name}") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -57,9 +59,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the `avp` command: errors of ours are one message and exit code 2, without a traceback."""
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        sys.exit(cli(standalone_mode=False) or 0)
     except click.Abort:
         sys.exit(130)
     except click.ClickException as error:

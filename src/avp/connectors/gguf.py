@@ -191,10 +191,10 @@ def _ignore(stage: str, done: int, total: int) -> None:
 def _without_bars() -> Iterator[None]:
     """Keep transformers' bars off the terminal while the caller draws one; the GGUF reader's own knows no switch."""
     shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()
     try:
         with redirect_stderr(StringIO()):
             yield
     finally:
         if shown:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            hf_logging.enable_progress_bar()

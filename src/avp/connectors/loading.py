@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from avp.connectors import gguf, models
-from avp.connectors.weights import keep_fingerprint, kept_fingerprint, weights_fingerprint
+from avp.connectors.weights import keep_fingerprint, kept_fingerprint, replace_text, weights_fingerprint
 from avp.errors import ModelNotFound, UsageError
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -128,12 +129,14 @@ def _gguf_digest(checkpoint: Path, values: str) -> str | None:
     All engines name a GGUF by this digest. The note is made here, beside the conversion, at its first use.
     """
     note = checkpoint / "avp.json"
-    if not note.is_file():
+    try:
+        kept = json.loads(note.read_text())
+    except (OSError, ValueError):
         return None
-    kept = json.loads(note.read_text())
     if "values" not in kept:
         kept["values"] = values
-        note.write_text(json.dumps(kept))
+        with contextlib.suppress(OSError):
+            replace_text(note, json.dumps(kept))
     return str(kept["gguf_blake3"]) if kept["values"] == values else None
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,7 +83,14 @@ def keep_fingerprint(checkpoint: Path, weights: str) -> None:
     written.
     """
     with contextlib.suppress(OSError):
-        (checkpoint / _NOTE).write_text(json.dumps({"stamp": _stamp(checkpoint), "weights": weights}))
+        replace_text(checkpoint / _NOTE, json.dumps({"stamp": _stamp(checkpoint), "weights": weights}))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old one or the new one, never half of it."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
 def _stamp(checkpoint: Path) -> list[list[str | int]]:

@@ -1,0 +1,46 @@
+# Everything runs in .venv, which is made at the first use. CI calls `make ci`; nothing in it that you could not call.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check format docs bench ci clean models
+
+demo: $(STAMP)  ## four agents, four ways to hand over, on the default model
+	$(BIN)/avp demo --fixed-length
+
+test: $(STAMP) models  ## the whole test suite
+	$(BIN)/pytest --cov=avp --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
+
+check: $(STAMP)  ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layers.py
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)  ## the site, into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(STAMP) models  ## the figures under docs/bench, with the peer in an environment of its own
+	$(BIN)/avp bench perf --out docs/bench
+	$(BIN)/avp bench chain --data ../shared/data/gsm8k.jsonl --limit 4 --agents 4 --out docs/bench
+	$(BIN)/avp bench latent --limit 100 --out docs/bench
+
+models: $(STAMP)  ## the two small models, into the user's cache
+	$(BIN)/avp models get smollm2
+	$(BIN)/avp models get gemma3
+
+ci: check test docs
+	@echo "ci: done; left out: make bench (timings, and the peer's environment)"
+
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
