@@ -30,7 +30,8 @@ from avp.errors import (
 from avp.identity import LayerLayout
 from avp.manifest import Limits
 from avp.testing import synthetic_context
-from samples import CODECS, DTYPES, LENGTHS, described, hidden_context, kv_bytes, kv_context, subset, tokens_context
+
+from .samples import CODECS, DTYPES, LENGTHS, described, hidden_context, kv_bytes, kv_context, subset, tokens_context
 
 MIB = 2**20
 

@@ -13,7 +13,8 @@ from avp.context import LATENT, PAGE, Context, Exactness, Turn, page_id, root_pa
 from avp.errors import AVPError, UsageError
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity
 from avp.testing import synthetic_context
-from samples import described, hidden_context, kv_bytes, kv_context, subset, tokens_context
+
+from .samples import described, hidden_context, kv_bytes, kv_context, subset, tokens_context
 
 MODEL = ModelIdentity("m", "f", "ab" * 32, "cd" * 32, CacheLayout((LayerLayout(1, 2),)))
 ROOT = "93d20a95daa24c3b336870d441a1a1b023af8e3a7ee8f43f7117088b9d490934"

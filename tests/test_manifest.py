@@ -11,7 +11,8 @@ from avp.context import LATENT, Context, Exactness, Turn, text_context
 from avp.errors import BundleError, LimitExceeded, UnsupportedBundle
 from avp.manifest import Limits, manifest_to_json, parse_json, parse_manifest
 from avp.testing import synthetic_context
-from samples import kv_context, subset
+
+from .samples import kv_context, subset
 
 LIMITS = Limits()
 

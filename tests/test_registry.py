@@ -52,6 +52,15 @@ def test_a_plug_in_that_cannot_be_imported_is_a_missing_extra(monkeypatch: pytes
         registry.load("avp.codecs", "broken")
 
 
+def test_a_fault_of_our_own_is_not_called_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    for target in ("avp.no_such_module:CODEC", "avp.codecs.raw:Nothing"):
+        point = EntryPoint("faulty", target, "avp.codecs")
+        monkeypatch.setattr(registry, "entry_points", lambda group, point=point: (point,))
+        with pytest.raises((ModuleNotFoundError, AttributeError)) as error:
+            registry.load("avp.codecs", "faulty")
+        assert not isinstance(error.value, MissingExtra)
+
+
 def test_a_projection_comes_by_name() -> None:
     pytest.importorskip("torch")
     assert registry.projection("norm").name == "norm"

@@ -52,6 +52,8 @@ def load(group: str, name: str) -> object:
             try:
                 return cast(object, point.load())
             except ImportError as error:
+                if (error.name or "").partition(".")[0] == "avp":
+                    raise  # a fault of ours, not a library that is missing
                 raise missing_extra(
                     error, feature=f"{group.removeprefix('avp.').removesuffix('s')} {name!r}"
                 ) from error

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import xxhash
 import zstandard
-from forge import Abuse, Forgery, check, honest_pages, measured, take_apart, victim
 
 from avp.context import Context
 from avp.errors import BundleError, LimitExceeded
 from avp.manifest import Limits
 from avp.testing import synthetic_context
+
+from .forge import Abuse, Forgery, check, honest_pages, measured, take_apart, victim
 
 
 def _with_frame(frame: bytes) -> bytes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from forge import Abuse, Forgery, check, field_of, text_victim, variants, victim
 
 from avp.errors import BundleError, UnsupportedBundle
 from avp.testing import synthetic_context
+
+from .forge import Abuse, Forgery, check, field_of, text_victim, variants, victim
 
 
 def _foreign(forgery: Forgery, value: object) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from forge import Abuse, Forgery, check, field_of, frame, honest_pages, variants, victim
 
 from avp.errors import BundleError, LimitExceeded, TruncatedBundle
 from avp.manifest import Limits
+
+from .forge import Abuse, Forgery, check, field_of, frame, honest_pages, variants, victim
 
 LAYER = {"kv_heads": 1, "head_dim": 1, "window": 0, "rope": "", "softcap": 0.0, "scale": 0.0}
 

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from forge import Abuse, measured
 
 from avp.bundle import header_size, peek
 from avp.context import Context
 from avp.errors import DigestMismatch, TruncatedBundle
 from avp.testing import synthetic_context
+
+from .forge import Abuse, measured
 
 MIB = 2**20
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from forge import Abuse, Forgery, check, frame, text_victim, variants, victim
 
 from avp.errors import BundleError, LimitExceeded
+
+from .forge import Abuse, Forgery, check, frame, text_victim, variants, victim
 
 
 def _manifest_text(change: str, by: str) -> bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from forge import Abuse, Forgery, check, variants, victim
 
 from avp.errors import BundleError, DigestMismatch
+
+from .forge import Abuse, Forgery, check, variants, victim
 
 FIRST, SECOND = "0/0/k", "0/0/v"
 SIZE = 40 * 2 * 8 * 4

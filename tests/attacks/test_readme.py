@@ -1,9 +1,8 @@
-"""The table of abuses is the list of abuses: `python tests/attacks/test_readme.py` writes it."""
+"""The table of abuses is the list of abuses: `python -m tests.attacks.test_readme` writes it."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -24,7 +23,7 @@ def table() -> str:
     rows = [
         f"| [{family}](test_{family}.py) | {abuse.name} | refused | `{abuse.error.__name__}` |\n"
         for family in FAMILIES
-        for abuse in importlib.import_module(f"test_{family}").ABUSES
+        for abuse in importlib.import_module(f".test_{family}", __package__).ABUSES
     ]
     return INTRO + "".join(rows)
 
@@ -35,5 +34,4 @@ def test_every_abuse_is_in_the_table() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     (HERE / "README.md").write_text(table())

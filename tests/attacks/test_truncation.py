@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from forge import Abuse, check, frame, take_apart, victim
 
 from avp.bundle import header_size
 from avp.context import Context
 from avp.errors import BundleError, TruncatedBundle
 from avp.testing import synthetic_context
+
+from .forge import Abuse, check, frame, take_apart, victim
 
 
 def _whole() -> bytes:

@@ -78,7 +78,8 @@ def test_bytes_handed_over_are_the_states_size(runs: list[Run]) -> None:
 
 def test_without_a_fixed_length_turns_end_where_they_end() -> None:
     connector = tiny_connector()
-    free = Conversation(connector.model, connector.tokenizer, reuse=True).say(QUESTION, max_new_tokens=8, min_new_tokens=8)
+    first = chain.prompts(QUESTION, 3, chat=True)[0]
+    free = Conversation(connector.model, connector.tokenizer, reuse=True).say(first, max_new_tokens=8, min_new_tokens=8)
     connector.model.generation_config.eos_token_id = [2, free.tokens[2]]
     found = chain.run_chain(connector, QUESTION, agents=3, settings=Settings("tiny", 8))
     assert of(found, "prefix").hops[0].new_tokens == of(found, "exact").hops[0].new_tokens == 3
@@ -116,7 +117,9 @@ def test_the_command_writes_one_document_and_a_plot(checkpoint: Path, tmp_path: 
     data.write_text("".join(json.dumps({"id": i, "question": f"{QUESTION} {i}"}) + "\n" for i in range(3)))
     options = ["--data", str(data), "--limit", "2", "--agents", "2,3", "--max-new-tokens", "5", "--steps", "2"]
     done = CliRunner().invoke(
-        chain.command, [*options, "--model", str(checkpoint), "--out", str(tmp_path / "out"), "--json"], catch_exceptions=False
+        chain.command,
+        [*options, "--model", str(checkpoint), "--out", str(tmp_path / "out"), "--json"],
+        catch_exceptions=False,
     )
     document = json.loads(done.stdout)
     assert len(document["runs"]) == 2 * 2 * 4
@@ -136,9 +139,17 @@ def test_the_command_writes_one_document_and_a_plot(checkpoint: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("row", "agents", "modes"),
-    [("not json", "2", "text"), ('{"answer": 1}', "2", "text"), ("", "2", "text"), ('{"question": "x"}', "two", "text"), ('{"question": "x"}', "2", "telepathy")],
+    [
+        ("not json", "2", "text"),
+        ('{"answer": 1}', "2", "text"),
+        ("", "2", "text"),
+        ('{"question": "x"}', "two", "text"),
+        ('{"question": "x"}', "2", "telepathy"),
+    ],
 )
-def test_bad_options_and_data_are_clear_errors(row: str, agents: str, modes: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_bad_options_and_data_are_clear_errors(
+    row: str, agents: str, modes: str, checkpoint: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(row)
     with pytest.raises(UsageError):
@@ -162,7 +173,19 @@ def test_intervals_are_what_statistics_says() -> None:
 def test_recall_has_its_controls(checkpoint: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(
         latent.command,
-        ["--model", str(checkpoint), "--limit", "2", "--steps", "2", "--new-tokens", "3", "--out", str(tmp_path), "--json"],
+        [
+            "--model",
+            str(checkpoint),
+            "--limit",
+            "2",
+            "--steps",
+            "2",
+            "--new-tokens",
+            "3",
+            "--out",
+            str(tmp_path),
+            "--json",
+        ],
         catch_exceptions=False,
     )
     document = json.loads(done.stdout)

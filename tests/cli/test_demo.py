@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def demo(*options: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
         check=False,
+        env={**os.environ, "COLUMNS": "200"},
     )
 
 
@@ -35,7 +37,9 @@ def test_the_demo_shows_what_each_mode_computes_and_says_that_exact_is_exact(che
     assert done.returncode == 0, done.stderr
     for words in ("positions computed", "AVP exact relay", "AVP latent", "EOS is suppressed", "peak KV"):
         assert words in done.stdout
-    assert "Exact: all 18 tokens of the exact relay equal those of text + prefix cache." in " ".join(done.stdout.split())
+    assert "Exact: all 18 tokens of the exact relay equal those of text + prefix cache." in " ".join(
+        done.stdout.split()
+    )
 
 
 def test_the_demo_prints_one_json_document(checkpoint: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from make import HERE, bundles, decoded, vector
 from safetensors import safe_open
 
 from avp.context import Context
+
+from .make import HERE, bundles, decoded, vector
 
 VECTORS = {each["name"]: each for each in json.loads((HERE / "vectors.json").read_text(encoding="utf-8"))}
 BUNDLES = bundles()

@@ -17,6 +17,7 @@ from pathlib import Path
 from time import perf_counter
 
 import click
+from transformers.utils.logging import disable_progress_bar
 
 from avp.bench.baseline import Conversation, counted
 from avp.bench.results import Hop, Run, Settings, environment, summarize, write_json
@@ -62,6 +63,12 @@ def run_chain(
         exactness = {"exact": "exact", "latent": "approximate"}.get(mode, "text")
         runs.append(Run(mode, agents, question, exactness, tuple(hops)))
     return _compare(runs)
+
+
+def warm_up(connector: HuggingFaceConnector) -> None:
+    """The first passes of a process are slow; no mode should pay for them."""
+    settings = Settings("", 4, 1, fixed_length=True)
+    run_chain(connector, "Warm up. " * 20, agents=2, settings=settings)
 
 
 def _compare(runs: list[Run]) -> list[Run]:
@@ -247,8 +254,10 @@ def command(
     if set(chosen) - set(MODES):
         raise UsageError(f"unknown modes {sorted(set(chosen) - set(MODES))}. Fix: use some of {', '.join(MODES)}.")
     settings = Settings(model, max_new_tokens, steps, not free_length, wire, chosen)
+    disable_progress_bar()
     connector = HuggingFaceConnector.from_pretrained(model)
     rows = questions(data, limit)
+    warm_up(connector)
     runs = _run_all(connector, rows, lengths, settings)
     document: dict[str, object] = {
         "benchmark": "chain",

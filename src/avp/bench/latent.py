@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from avp.bench.results import environment, wilson, write_json
 from avp.connectors.huggingface import HuggingFaceConnector
@@ -97,6 +98,7 @@ def command(
     from rich.progress import track
 
     console = Console(stderr=True)
+    disable_progress_bar()
     connector = HuggingFaceConnector.from_pretrained(model)
     asked = items(limit, seed=seed)
     torch.manual_seed(seed)

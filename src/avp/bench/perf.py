@@ -47,7 +47,7 @@ def measure(plan: Plan, *, load: Load, tell: Callable[[str], object]) -> Iterato
     @cache
     def ids() -> Sequence[int]:
         sizes = plan.sizes
-        count = max(*sizes.lengths, sizes.context + sizes.prompt + sizes.forks)
+        count = max(*sizes.lengths, sizes.context + max(sizes.prompt, *sizes.fork_prompts) + sizes.forks)
         return text_ids(connector("float32"), plan.text, count)
 
     for name in plan.names:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -41,6 +43,7 @@ class Sizes:
     short: int = 24  # tokens decoded at each of the lengths
     forks: int = 16
     fork_tokens: int = 32
+    fork_prompts: tuple[int, ...] = (20, 1)
 
 
 def ttft(connector: HuggingFaceConnector, ids: Sequence[int], sizes: Sizes, *, n: int) -> list[Figure]:
@@ -198,30 +201,36 @@ def _transformers(
 
 
 def fanout(connector: HuggingFaceConnector, ids: Sequence[int], sizes: Sizes) -> list[Figure]:
-    """KV in memory of many generations from one context, all kept, against one context and their tails."""
-    try:
-        before = kv_pages()
-    except OSError:
-        return [Figure("fanout", FANOUT, not_measured=NO_LINUX)]
+    """KV in memory of many generations from one context, all kept, against one context and their tails.
+
+    One figure for each length of the prompt: the shorter the tail, the more the pages that it fills in part weigh.
+    """
+    names = ["fanout" if index == 0 else f"fanout_{prompt}" for index, prompt in enumerate(sizes.fork_prompts)]
+    if sys.platform != "linux":
+        return [Figure(name, FANOUT, not_measured=NO_LINUX) for name in names]
+    return [
+        _fanout(connector, ids, sizes, name, prompt) for name, prompt in zip(names, sizes.fork_prompts, strict=True)
+    ]
+
+
+def _fanout(connector: HuggingFaceConnector, ids: Sequence[int], sizes: Sizes, name: str, prompt: int) -> Figure:
+    gc.collect()
+    before = kv_pages()
     context = connector.prefill(list(ids[: sizes.context]))
-    asked = [list(ids[sizes.context + i :][: sizes.prompt]) for i in range(sizes.forks)]
+    count = sizes.fork_tokens
     kept = [
-        connector.generate(
-            one, context=context, max_new_tokens=sizes.fork_tokens, min_new_tokens=sizes.fork_tokens
-        ).context
-        for one in asked
+        connector.generate(list(asked), context=context, max_new_tokens=count, min_new_tokens=count).context
+        for asked in (ids[sizes.context + i :][:prompt] for i in range(sizes.forks))
     ]
     after = kv_pages()
-    pages = {name: after[name] - before[name] for name in after}
-    held = [one.nbytes for one in kept]
-    ideal = context.nbytes + sum(one - context.nbytes for one in held)
-    detail: dict[str, object] = {f"{name}_bytes": count for name, count in pages.items()}
-    detail |= {"context_bytes": context.nbytes, "ideal_bytes": ideal, "forks": len(kept)}
-    detail |= {"own_positions": len(kept[0]) - len(context)}
+    pages = {key: after[key] - before[key] for key in after}
+    ideal = context.nbytes + sum(one.nbytes - context.nbytes for one in kept)
     copies = _deep_copies(connector, context, [len(one) - len(context) for one in kept])
-    detail |= copies
+    detail: dict[str, object] = {f"{key}_bytes": found for key, found in pages.items()}
+    detail |= {"context_bytes": context.nbytes, "ideal_bytes": ideal, "forks": len(kept), "prompt_tokens": prompt}
+    detail |= {"own_positions": len(kept[0]) - len(context), **copies}
     detail["times_less_than_deep_copies"] = copies["deep_copies_tensor_bytes"] / pages["mapped"]
-    return [Figure("fanout", FANOUT, (pages["mapped"] / ideal,), detail)]
+    return Figure(name, FANOUT, (pages["mapped"] / ideal,), detail)
 
 
 def _deep_copies(connector: HuggingFaceConnector, context: Context, tails: Sequence[int]) -> dict[str, int]:

@@ -91,10 +91,10 @@ def rounds(clocks: Mapping[str, Clock], n: int, *, warm: int = 1) -> dict[str, t
     """`n` rounds over all clocks, in turning order, after `warm` rounds that do not count; seconds by name."""
     names = list(clocks)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
     for index in range(-warm, n):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            gc.collect()
             taken = clocks[name]()
             if index >= 0:
                 seconds[name].append(taken)

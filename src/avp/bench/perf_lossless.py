@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
@@ -139,13 +140,13 @@ def _levels(tensors: list[Buffer], values: int, n: int) -> list[dict[str, object
         .reshape(-1)
         for one in tensors
     ]
-    rows: list[dict[str, object]] = []
-    for level in _LEVELS:
-        compressor = zstandard.ZstdCompressor(level=level)
+    compressors = {str(level): zstandard.ZstdCompressor(level=level) for level in _LEVELS}
 
-        def run(compressor: zstandard.ZstdCompressor = compressor) -> int:
-            return sum(len(compressor.compress(one.data)) for one in exponents)
+    def run(compressor: zstandard.ZstdCompressor) -> int:
+        return sum(len(compressor.compress(one.data)) for one in exponents)
 
-        seconds = rounds({"zstd": timed(run)}, n)["zstd"]
-        rows.append({"level": level, "stored": run() / values, "MB_per_s": values / median(seconds) / 1e6})
-    return rows
+    seconds = rounds({level: timed(partial(run, each)) for level, each in compressors.items()}, n)
+    return [
+        {"level": int(level), "stored": run(each) / values, "MB_per_s": values / median(seconds[level]) / 1e6}
+        for level, each in compressors.items()
+    ]

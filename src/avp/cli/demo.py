@@ -8,8 +8,9 @@ import click
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
-from avp.bench.chain import MODES, run_chain
+from avp.bench.chain import MODES, run_chain, warm_up
 from avp.bench.results import Hop, Run, Settings, environment, write_json
 from avp.cli.progress import ensure_model
 from avp.connectors.huggingface import HuggingFaceConnector
@@ -55,8 +56,10 @@ def demo(
     """Four agents, one question, four ways to hand over: what each computes, sends and takes."""
     console = Console(stderr=as_json)
     ensure_model(model)
+    disable_progress_bar()
     with console.status(f"loading {model}"):
         connector = HuggingFaceConnector.from_pretrained(model)
+        warm_up(connector)
     settings = Settings(model, max_new_tokens, steps, fixed_length, wire)
     console.print(
         f"[bold]{connector.identity.id}[/] on {connector.model.device}, {connector.model.dtype}; {agents} agents"

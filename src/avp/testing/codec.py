@@ -6,7 +6,6 @@ class TestMine(CodecConformance):
 ```
 """
 
-# ruff: noqa: D102 (a law's name is its sentence)
 from __future__ import annotations
 
 import tracemalloc

@@ -1,0 +1,109 @@
+"""Makes docs/benchmarks.md from the JSON under docs/bench: `python docs/make_benchmarks.py [--check]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+HEAD = """# Benchmarks
+
+Every figure stands beside the command that makes it, its n and its control; the JSON is committed under `docs/bench`.
+This page is generated from it by `python docs/make_benchmarks.py`. All ratios are taken within one run on one machine.
+"""
+
+
+def machine(environment: dict[str, object]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+    return f"`{environment['command']}`, {environment['date'][:10]}, {environment['cores']} cores {environment['machine']}, no GPU, Python {environment['python']}, {versions}."
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def chain(path: Path) -> list[str]:
+    document = json.loads(path.read_text())
+    settings = document["settings"]
+    lines = [
+        f"## A chain of agents on {settings['data']} ({path.stem})",
+        "",
+        machine(document["environment"]),
+        f"Every agent writes exactly {settings['max_new_tokens']} tokens in every mode (EOS suppressed); a thinking agent takes "
+        f"{settings['steps']} latent steps. Control: text in the same run, the same questions, the same process.",
+        "",
+        "| agents | mode | n | positions computed | fewer than text (95 %) | speed-up (95 %) | TTFT of the last agent | tokens = text + prefix cache |",
+        "|---:|---|---:|---:|---|---|---:|---|",
+    ]
+    for row in document["summary"]:
+        saved, speed, same = row["positions_saved"], row["speed_up"], row["same_as_prefix"]
+        lines.append(
+            f"| {row['agents']} | {row['mode']} | {saved['n']} | {row['positions']:,.0f} | {percent(saved['mean'])} "
+            f"({percent(saved['low'])} to {percent(saved['high'])}) | {speed['mean']:.2f} ({speed['low']:.2f} to {speed['high']:.2f}) | "
+            f"{row['last_ttft']:.2f} s | {f'{same[0]} of {same[1]}' if same else ''} |"
+        )
+    for agents in dict.fromkeys(row["agents"] for row in document["summary"]):
+        if (DOCS / "bench" / f"chain-{agents}.svg").exists():
+            lines += ["", f"![{agents} agents: positions, TTFT and bytes by hop](bench/chain-{agents}.svg)"]
+    return lines
+
+
+def latent(path: Path) -> list[str]:
+    document = json.loads(path.read_text())
+    settings = document["settings"]
+    arms = document["arms"]
+    noise = next(arm for arm in arms if arm["arm"] == "noise")
+    lines = [
+        "## Latent steps against their controls",
+        "",
+        machine(document["environment"]),
+        f"Two passwords in a prompt, one of them asked for, after {settings['steps']} latent positions (none in `no context` and "
+        "`zero steps`; random vectors of the same length in `noise`). 95 % Wilson intervals.",
+        "",
+        "| arm | recalled | n | share | interval | against noise |",
+        "|---|---:|---:|---:|---|---|",
+    ]
+    for arm in arms:
+        inside = arm["low"] <= noise["high"] and arm["high"] >= noise["low"]
+        verdict = "the control" if arm is noise else "intervals overlap" if inside else "apart"
+        lines.append(
+            f"| {arm['arm']} | {arm['hits']} | {arm['n']} | {arm['hits'] / arm['n']:.0%} | {arm['low']:.0%} to {arm['high']:.0%} | {verdict} |"
+        )
+    better = [arm["arm"] for arm in arms if arm["arm"] in ("norm", "soft", "ridge") and arm["low"] > noise["high"]]
+    claim = f"Above noise: {', '.join(better)}." if better else "No method is above the noise arm's interval: nothing is claimed for latent steps. Use exact relay."
+    return [*lines, "", claim]
+
+
+def perf(path: Path) -> list[str]:
+    document = json.loads(path.read_text())
+    lines = [
+        "## Performance",
+        "",
+        machine(document["environment"]),
+        "Each value is a ratio within the run; \"a plain copy\" is `bytes(memoryview)` of the same bytes into fresh memory, median of 7.",
+        "",
+        "| what | control | value | spread | n | must reach | reached |",
+        "|---|---|---:|---|---:|---|---|",
+    ]
+    for row in document["results"]:
+        value = "not measured" if row["value"] is None else f"{row['value']:.3g}"
+        spread = "" if row["low"] is None else f"{row['low']:.3g} to {row['high']:.3g}"
+        reached = "" if row["reached"] is None else "yes" if row["reached"] else "**no**"
+        lines.append(f"| {row['name']} | {row['control']} | {value} | {spread} | {row['n']} | {row['target'] or ''} | {reached} |")
+    if (DOCS / "bench" / "perf.svg").exists():
+        lines += ["", "![ratios against their targets](bench/perf.svg)"]
+    return lines
+
+
+def page() -> str:
+    makers = {"chain": chain, "latent": latent, "perf": perf}
+    sections = [makers[path.stem.partition("-")[0]](path) for path in sorted((DOCS / "bench").glob("*.json"))]
+    return "\n\n".join([HEAD.rstrip(), *("\n".join(section) for section in sections)]) + "\n"
+
+
+if __name__ == "__main__":
+    target = DOCS / "benchmarks.md"
+    if "--check" in sys.argv:
+        sys.exit(0 if target.read_text() == page() else "docs/benchmarks.md is stale: run python docs/make_benchmarks.py")
+    target.write_text(page())
