@@ -532,3 +532,10 @@ def test_a_codec_of_another_installation_is_unsupported() -> None:
     data = synthetic_context(tokens=5).to_bytes().replace(b'codec\\":\\"raw', b'codec\\":\\"rat')
     with pytest.raises(UnsupportedBundle, match="unknown codec 'rat'"):
         Context.from_bytes(data)
+
+
+def test_a_sender_cannot_claim_a_better_class_than_the_kind_allows() -> None:
+    from avp.context import Context, Exactness, text_context
+
+    claimed = dataclasses.replace(text_context("hello"), exactness=Exactness.EXACT)
+    assert Context.from_bytes(claimed.to_bytes()).exactness is Exactness.TEXT

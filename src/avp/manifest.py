@@ -175,12 +175,19 @@ def parse_manifest(value: Mapping[str, object], limits: Limits) -> Manifest:
     if not isinstance(template, dict):
         raise BundleError(f"the manifest's template is no object. {_ASK}")
     segments = _segments(value["segments"], model, tokens[:length])
-    exactness = worst([_exactness(value["exactness"]), *(entry.exactness for entry in segments)])
+    exactness = worst([_exactness(value["exactness"]), _floor(kind, tokens), *(entry.exactness for entry in segments)])
     hidden = _hidden(value["hidden"])
     turns = _turns(value["turns"], len(tokens))
     manifest = Manifest(kind, model, tokens, length, turns, template, exactness, segments, hidden)
     _check_kind(manifest)
     return manifest
+
+
+def _floor(kind: str, tokens: tuple[int, ...]) -> Exactness:
+    """The best class that a context of this kind can have, whatever its sender claims."""
+    if kind in ("tokens", "text"):
+        return Exactness.TEXT
+    return Exactness.APPROXIMATE if LATENT in tokens else Exactness.EXACT
 
 
 def _check_kind(manifest: Manifest) -> None:

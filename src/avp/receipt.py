@@ -34,7 +34,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one generation: `prompt_tokens` are those added to the context, `cached_tokens` those it held."""
+    """Tokens of one generation: of the whole prompt, `cached_tokens` came with the context and were not computed."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -148,7 +148,7 @@ def test_the_lossless_figure_gives_back_every_bit() -> None:
     assert figure.detail["raw_bytes"] == 64 * 4 * 2 * 2 * 16 * 4
     assert figure.reached is None
     assert figure.value == figure.detail["stored_bytes"] / figure.detail["raw_bytes"]  # type: ignore[operator]
-    assert len(figure.detail["zstd_levels"]) == 5  # type: ignore[arg-type]
+    assert len(figure.detail["zstd_levels"]) == 6  # type: ignore[arg-type]
 
 
 def test_text_comes_from_the_file_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -421,3 +421,30 @@ def test_missing_segments_are_named(connector: HuggingFaceConnector) -> None:
     partial = avp.Context.from_bytes(replace(context, segments=context.segments[1:]).to_bytes())
     with pytest.raises(UsageError, match="lacks the KV from position 0"):
         connector.generate([5], context=partial)
+
+
+def test_two_connectors_over_one_model_count_their_own_positions() -> None:
+    model = tiny_model()
+    one, other = (HuggingFaceConnector(model, tiny_tokenizer()) for _ in range(2))
+    for each in (one, other):
+        assert each.generate([5, 6, 7], max_new_tokens=4, min_new_tokens=4).receipt.positions_computed == 6
+
+
+def test_usage_counts_the_whole_prompt_and_what_came_with_the_context(connector: HuggingFaceConnector) -> None:
+    context = connector.prefill([5] * 40)
+    usage = connector.generate([6, 7], context=context, max_new_tokens=3, min_new_tokens=3).usage
+    assert (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (42, 40, 3)
+
+
+def test_what_cannot_be_gone_on_from_says_so(connector: HuggingFaceConnector) -> None:
+    thought = connector.think(PLAN, steps=1)
+    hidden = replace(thought, kind="hidden", length=0, segments=())
+    with pytest.raises(UsageError, match="holds no KV to go on from"):
+        connector.generate(CHECK, context=hidden)
+    found = connector.generate(CHECK, context=hidden, accept="text", max_new_tokens=2)
+    assert found.receipt.mode == "text"
+    with pytest.raises(UsageError, match="cannot be projected"):
+        connector.generate(CHECK, source=connector)
+    lost = replace(thought, hidden=None)
+    with pytest.raises(UsageError, match="whose input vector it does not hold"):
+        connector.generate("", context=lost)

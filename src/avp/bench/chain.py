@@ -140,7 +140,7 @@ def relay_hop(
         )
     hop = Hop(
         agent,
-        found.usage.prompt_tokens,
+        found.usage.prompt_tokens - found.usage.cached_tokens,
         counter.count,
         len(found.tokens),
         0,

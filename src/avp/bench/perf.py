@@ -139,10 +139,10 @@ def _print_table(figures: Sequence[Figure]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("figure", "ratio", "target", "reached", "rounds", "measured against")
+    table = Table("figure", "ratio", "target", "reached", "rounds, smallest to largest")
     for figure in figures:
         reached = {True: "yes", False: "no", None: ""}[figure.reached]
         ratio = "not measured" if figure.value is None else f"{figure.value:.3g}"
         spread = figure.not_measured or _spread(figure)
-        table.add_row(figure.name, ratio, _limit(figure), reached, spread, figure.target.control)
+        table.add_row(figure.name, ratio, _limit(figure), reached, spread)
     Console().print(table)

@@ -74,17 +74,20 @@ class Figure:
         }
 
 
-def timed(call: Callable[[], object]) -> Clock:
-    """A clock of `call`; its result is thrown away after the clock has stopped."""
+def timed(call: Callable[[], object], *, times: int = 1) -> Clock:
+    """A clock of `call`; its result is thrown away after the clock has stopped.
 
-    def run() -> float:
+    Calls of a few milliseconds are done several `times` in a row: their median is one round.
+    """
+
+    def once() -> float:
         started = perf_counter()
         result = call()
         seconds = perf_counter() - started
         del result
         return seconds
 
-    return run
+    return lambda: median(once() for _ in range(times))
 
 
 def rounds(clocks: Mapping[str, Clock], n: int, *, warm: int = 1) -> dict[str, tuple[float, ...]]:

@@ -9,11 +9,10 @@ from statistics import median
 from types import MappingProxyType
 
 import numpy as np
-import zstandard
 
 from avp.bench.perf_figure import Figure, Target, rounds, timed
 from avp.buffers import Buffer
-from avp.codecs.lossless import CODEC
+from avp.codecs.lossless import CODEC, compressor
 from avp.connectors.huggingface import HuggingFaceConnector
 from avp.context import Context
 
@@ -24,7 +23,7 @@ STORED = MappingProxyType(
     }
 )
 WIKITEXT = Path("../shared/data/wikitext2_test.txt")
-_LEVELS = (-5, -1, 1, 2, 3)
+_LEVELS = (None, -5, -1, 1, 2, 3)  # None: the codec's own parameters
 TEXT = """
 The lighthouse at the end of the harbour was built in 1874, three years after the storm that took eleven
 fishing boats in one night. Its first keeper, a former ship's carpenter called Anders Holm, wrote in the log
@@ -132,7 +131,7 @@ def _figure(dtype: str, context: Context, *, n: int) -> Figure:
 
 
 def _levels(tensors: list[Buffer], values: int, n: int) -> list[dict[str, object]]:
-    """zstd's own levels on the same exponents: share of their bytes that is left, and speed over those bytes."""
+    """The codec's parameters and zstd's levels on the same exponents: share that is left, speed over those bytes."""
     bits = {2: np.uint16, 4: np.uint32}
     exponents = [
         (np.swapaxes(one.array.view(bits[one.array.itemsize]), -1, -2) >> (8 * one.array.itemsize - 9))
@@ -140,13 +139,13 @@ def _levels(tensors: list[Buffer], values: int, n: int) -> list[dict[str, object
         .reshape(-1)
         for one in tensors
     ]
-    compressors = {str(level): zstandard.ZstdCompressor(level=level) for level in _LEVELS}
 
-    def run(compressor: zstandard.ZstdCompressor) -> int:
-        return sum(len(compressor.compress(one.data)) for one in exponents)
+    def run(level: int | None) -> int:
+        compress = compressor(level).compress
+        return sum(len(compress(one.data)) for one in exponents)
 
-    seconds = rounds({level: timed(partial(run, each)) for level, each in compressors.items()}, n)
+    seconds = rounds({str(level): timed(partial(run, level)) for level in _LEVELS}, n)
     return [
-        {"level": int(level), "stored": run(each) / values, "MB_per_s": values / median(seconds[level]) / 1e6}
-        for level, each in compressors.items()
+        {"level": level, "stored": run(level) / values, "MB_per_s": values / median(seconds[str(level)]) / 1e6}
+        for level in _LEVELS
     ]

@@ -30,10 +30,13 @@ _WORDS: Mapping[str, np.dtype[np.unsignedinteger]] = {
 }
 
 
-def _zstd() -> zstandard.ZstdCompressor:
-    """A compressor for one tensor; parameters are fixed, so that equal exponents give equal bytes whatever their
-    number.
+def compressor(level: int | None = None) -> zstandard.ZstdCompressor:
+    """A compressor of exponents; `level`: by one of zstd's own settings instead, to compare with.
+
+    Our parameters are fixed, so that a tensor's form does not depend on its size.
     """
+    if level is not None:
+        return zstandard.ZstdCompressor(level=level)
     return zstandard.ZstdCompressor(
         compression_params=zstandard.ZstdCompressionParameters(
             strategy=zstandard.STRATEGY_FAST,
@@ -70,7 +73,7 @@ class Lossless:
         low = np.empty((words.itemsize - 1, *words.shape), np.uint8)
         for index, plane in enumerate(low):
             plane[...] = rotated >> (8 * index) if index else rotated
-        packed = _zstd().compress(high.reshape(-1).data)
+        packed = compressor().compress(high.reshape(-1).data)
         return {"": Buffer("uint8", low), ".exp": Buffer("uint8", np.frombuffer(packed, np.uint8))}
 
     def decode(self, parts: Mapping[str, Buffer], dtype: str, shape: tuple[int, ...]) -> Buffer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from avp.context import LATENT, Context, Exactness, Turn
-from avp.errors import IdentityMismatch
+from avp.errors import IdentityMismatch, UsageError
 from avp.identity import ModelIdentity
 
 
@@ -17,13 +17,18 @@ def admit(
 
     Raises:
         IdentityMismatch: other weights and `accept` is above "text", or nothing that the model could read.
-        UsageError: `accept` is no class of exactness.
+        UsageError: `accept` is no class of exactness, or the context holds hidden states only.
     """
     floor = Exactness.parse(accept)
     if context is None or context.model is None or context.kind == "text":
         return context, "text", ()
     if context.kind == "kv" and context.model.same_weights(identity):
         return context, "kv", ()
+    if context.kind == "hidden" and floor is not Exactness.TEXT:
+        raise UsageError(
+            f"a context of kind hidden holds no KV to go on from ({context.model.describe()}). "
+            'Fix: prefill it again, or pass accept="text" to go on from its text.'
+        )
     if context.kind != "tokens" and floor is not Exactness.TEXT:
         raise IdentityMismatch(
             f"this context was made by {context.model.describe()} but the connector runs {identity.describe()}. "
@@ -37,3 +42,16 @@ def admit(
     if not turns:
         raise IdentityMismatch(f"{why}, and it holds no text to fall back to. Fix: hand over the text itself.")
     return Context("text", turns=turns, template=context.template, exactness=Exactness.TEXT), "text", (why,)
+
+
+def refuse_source(source: object | None) -> None:
+    """`source`, the connector that made a context of other weights, is for projections between models.
+
+    Raises:
+        UsageError: one was given; there is no such projection yet.
+    """
+    if source is not None:
+        raise UsageError(
+            "a context cannot be projected from one model to another yet, so `source` has no use. "
+            'Fix: leave it out and pass accept="text" to go on from the context\'s text.'
+        )

@@ -71,10 +71,11 @@ class ArenaLayer(CacheLayerMixin):  # type: ignore[misc]
 class RunCache(Cache):  # type: ignore[misc]
     """The cache of one run over a claimed arena; `positions` counts what the model's forward passes computed."""
 
-    def __init__(self, arena: Arena, length: int) -> None:
+    def __init__(self, arena: Arena, length: int, *, counter: PositionCounter | None = None) -> None:
         layers = [ArenaLayer(keys, values, length) for keys, values in zip(arena.keys, arena.values, strict=True)]
         super().__init__(layers=layers)
         self.arena = arena
+        self.counter = counter
         self.kept = length  # positions that stay when the run ends; what a failed run wrote is forgotten
         self.positions = 0
 
@@ -84,12 +85,15 @@ class RunCache(Cache):  # type: ignore[misc]
         return int(min(layer.length for layer in self.layers))
 
 
-def count_positions(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Forward pre-hook of the base model: add the positions of this pass to its `RunCache`."""
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, RunCache):
-        given = kwargs.get("input_ids")
-        given = kwargs.get("inputs_embeds") if given is None else given
-        given = args[0] if given is None and args else given
-        if isinstance(given, torch.Tensor):
-            cache.positions += given.shape[1]
+class PositionCounter:
+    """Forward pre-hook of the base model: adds the positions of a pass to its `RunCache`, if it is this connector's."""
+
+    def __call__(self, module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Count one pass."""
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, RunCache) and cache.counter is self:
+            given = kwargs.get("input_ids")
+            given = kwargs.get("inputs_embeds") if given is None else given
+            given = args[0] if given is None and args else given
+            if isinstance(given, torch.Tensor):
+                cache.positions += given.shape[1]

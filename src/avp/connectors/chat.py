@@ -9,7 +9,7 @@ history (drops reasoning, trims) costs a recomputation from the first id that di
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from jinja2.exceptions import TemplateError
@@ -227,3 +227,18 @@ def _merged(shown: list[dict[str, object]]) -> list[dict[str, object]]:
 def _without_system(shown: list[dict[str, object]]) -> list[dict[str, object]]:
     """System messages as user messages, for templates that know no system role."""
     return [{**message, "role": "user"} if message.get("role") == "system" else message for message in shown]
+
+
+def with_work(plan: Plan) -> Plan:
+    """A plan that computes at least the last position: the state after it is needed to go on."""
+    return replace(plan, reuse=min(plan.reuse, len(plan.ids) - 1))
+
+
+def with_reply(plan: Plan, text: str, positions: int) -> tuple[Turn, ...]:
+    """The turns with the model's text: a new assistant turn, or more of the one that was open."""
+    last = plan.turns[-1]
+    if last.role == "raw":
+        return (*plan.turns[:-1], Turn(last.message, (0, positions)))
+    if last.role == "assistant":
+        return (*plan.turns[:-1], Turn({**last.message, "content": last.content + text}, last.opaque))
+    return (*plan.turns, Turn({"role": "assistant", "content": text}))

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avp import registry
 from avp.buffers import Buffer
 from avp.connectors import loading
-from avp.connectors.admission import admit
+from avp.connectors.admission import admit, refuse_source
 from avp.connectors.arena import SLACK, Arena, Shape, Snapshot, continue_from
-from avp.connectors.cache import RunCache, count_positions
-from avp.connectors.chat import Plan, Renderer
+from avp.connectors.cache import PositionCounter, RunCache
+from avp.connectors.chat import Plan, Renderer, with_reply, with_work
 from avp.connectors.embeddings import Tables
 from avp.connectors.layout import cache_layout
 from avp.connectors.sampling import Sampling, Stream, eos_ids, run_generate
@@ -69,7 +69,10 @@ class HuggingFaceConnector:
         self._snapshots: weakref.WeakKeyDictionary[Context, Snapshot] = weakref.WeakKeyDictionary()
         self._steps: dict[str, Step] = {}
         self._lock = threading.Lock()
-        model.base_model.register_forward_pre_hook(count_positions, with_kwargs=True)
+        counter = PositionCounter()
+        hook = model.base_model.register_forward_pre_hook(counter, with_kwargs=True)
+        weakref.finalize(self, hook.remove)
+        self._counter = counter
 
     @classmethod
     def from_pretrained(
@@ -135,7 +138,7 @@ class HuggingFaceConnector:
             raise UsageError(f"steps is {steps}. Fix: pass 0 or more.")
         self._check(context)
         step = self._step(method)
-        plan = _with_work(
+        plan = with_work(
             self._renderer.extend(context, prompt, template=_template(tools, chat_template_kwargs), reply=True)
         )
         with self._run(context, plan, more=steps) as cache:
@@ -170,17 +173,16 @@ class HuggingFaceConnector:
     ) -> Generation:
         """Text after `context` and `prompt`; an empty prompt goes on with the turn that is open.
 
-        Greedy at temperature 0. The text ends with the token that completed a stop string. `min_new_tokens`
-        suppresses the end of
-        sequence until then. `accept="text"` lets a context of other weights fall back to its text; the receipt says so.
+        Greedy at temperature 0. The text ends with the token that completed a stop string. `min_new_tokens` suppresses
+        the end of sequence until then. `accept="text"` lets a context of other weights fall back to its text; the
+        receipt says so.
 
         Raises:
             IdentityMismatch: the context was made by other weights and `accept` does not allow text.
             ContextTooLong, UsageError: before anything is computed.
         """
-        sampling = Sampling(
-            max_new_tokens, min_new_tokens, temperature, top_p, (stop,) if isinstance(stop, str) else tuple(stop), seed
-        )
+        sampling = Sampling.of(max_new_tokens, min_new_tokens, temperature, top_p, stop, seed)
+        refuse_source(source)
         return self._generate(prompt, context, sampling, _template(tools, chat_template_kwargs), accept, None)
 
     def stream(
@@ -200,9 +202,8 @@ class HuggingFaceConnector:
         accept: str = "exact",
     ) -> Stream:
         """As `generate`, piece by piece: iterate over the stream, then take its `result`. Closing it ends the run."""
-        sampling = Sampling(
-            max_new_tokens, min_new_tokens, temperature, top_p, (stop,) if isinstance(stop, str) else tuple(stop), seed
-        )
+        sampling = Sampling.of(max_new_tokens, min_new_tokens, temperature, top_p, stop, seed)
+        refuse_source(source)
         template = _template(tools, chat_template_kwargs)
         return Stream(
             self.tokenizer, lambda stream: self._generate(prompt, context, sampling, template, accept, stream)
@@ -251,7 +252,7 @@ class HuggingFaceConnector:
         started = perf_counter()
         base, mode, fallback = admit(context, self.identity, accept=accept)
         plan = self._renderer.extend(base, prompt, template=template, reply=True)
-        plan = replace(_with_work(plan), reasons=(*fallback, *plan.reasons))
+        plan = replace(with_work(plan), reasons=(*fallback, *plan.reasons))
         room = self.max_positions - len(plan.ids)
         if room < sampling.max_new_tokens:
             self._check_room(len(plan.ids) + 1)
@@ -264,7 +265,7 @@ class HuggingFaceConnector:
             vector = self._latent(base) if plan.ids[plan.reuse] == LATENT else None
             new, first = run_generate(self.model, self.tokenizer, cache, plan.ids, vector, sampling, stream)
             text = self._decode(new)
-            after = replace(plan, ids=plan.ids + new, turns=_with_reply(plan, text, len(plan.ids) + len(new)))
+            after = replace(plan, ids=plan.ids + new, turns=with_reply(plan, text, len(plan.ids) + len(new)))
             result = self._context(cache, after, base)
         ended = perf_counter()
         reused = plan.reuse if mode == "kv" else 0
@@ -277,7 +278,7 @@ class HuggingFaceConnector:
             seconds=MappingProxyType({"ttft": first - started, "decode": ended - first, "total": ended - started}),
             reasons=plan.reasons,
         )
-        usage = Usage(len(plan.ids) - (len(base.tokens) if base is not None else 0), len(new), reused)
+        usage = Usage(len(plan.ids), len(new), reused)
         stopped = any(each in text for each in sampling.stop)
         reason = "eos" if new and new[-1] in eos_ids(self.model) else "stop" if stopped else "length"
         return Generation(text, tokens=new, context=result, usage=usage, receipt=receipt, finish_reason=reason)
@@ -292,7 +293,7 @@ class HuggingFaceConnector:
             arena.claim(0)
         else:
             arena = continue_from(self._snapshot(context), plan.reuse, need)
-        cache = RunCache(arena, plan.reuse)
+        cache = RunCache(arena, plan.reuse, counter=self._counter)
         try:
             yield cache
         finally:
@@ -383,18 +384,3 @@ def _template(
         "chat_template_kwargs": dict(chat_template_kwargs) if chat_template_kwargs else None,
     }
     return MappingProxyType({name: value for name, value in given.items() if value is not None})
-
-
-def _with_work(plan: Plan) -> Plan:
-    """A plan that computes at least the last position: the state after it is needed to go on."""
-    return replace(plan, reuse=min(plan.reuse, len(plan.ids) - 1))
-
-
-def _with_reply(plan: Plan, text: str, positions: int) -> tuple[Turn, ...]:
-    """The turns with the model's text: a new assistant turn, or more of the one that was open."""
-    last = plan.turns[-1]
-    if last.role == "raw":
-        return (*plan.turns[:-1], Turn(last.message, (0, positions)))
-    if last.role == "assistant":
-        return (*plan.turns[:-1], Turn({**last.message, "content": last.content + text}, last.opaque))
-    return (*plan.turns, Turn({"role": "assistant", "content": text}))

@@ -37,6 +37,17 @@ class Sampling:
     stop: tuple[str, ...]
     seed: int | None
 
+    @classmethod
+    def of(
+        cls, most: int, least: int, temperature: float, top_p: float, stop: str | Sequence[str], seed: int | None
+    ) -> Sampling:
+        """From the arguments of `generate`.
+
+        Raises:
+            UsageError: one of them is out of range.
+        """
+        return cls(most, least, temperature, top_p, (stop,) if isinstance(stop, str) else tuple(stop), seed)
+
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not self.min_new_tokens >= 0:
             raise UsageError(
