@@ -16,7 +16,8 @@ This page is generated from it by `python docs/make_benchmarks.py`. All ratios a
 
 def machine(environment: dict[str, object]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-    return f"`{environment['command']}`, {environment['date'][:10]}, {environment['cores']} cores {environment['machine']}, no GPU, Python {environment['python']}, {versions}."
+    made = f"`{environment['command']}`, {environment['date'][:10]}, {environment['cores']} cores"
+    return f"{made} {environment['machine']}, no GPU, Python {environment['python']}, {versions}."
 
 
 def percent(share: float) -> str:
@@ -30,18 +31,21 @@ def chain(path: Path) -> list[str]:
         f"## A chain of agents on {settings['data']} ({path.stem})",
         "",
         machine(document["environment"]),
-        f"Every agent writes exactly {settings['max_new_tokens']} tokens in every mode (EOS suppressed); a thinking agent takes "
-        f"{settings['steps']} latent steps. Control: text in the same run, the same questions, the same process.",
+        f"Every agent writes exactly {settings['max_new_tokens']} tokens in every mode (EOS suppressed); a thinking "
+        f"agent takes {settings['steps']} latent steps. Control: text in the same run, on the same questions, in the same "
+        "process.",
         "",
-        "| agents | mode | n | positions computed | fewer than text (95 %) | speed-up (95 %) | TTFT of the last agent | tokens = text + prefix cache |",
+        "| agents | mode | n | positions computed | fewer than text (95 %) | speed-up (95 %) | TTFT of the last agent "
+        "| tokens = text + prefix cache |",
         "|---:|---|---:|---:|---|---|---:|---|",
     ]
     for row in document["summary"]:
         saved, speed, same = row["positions_saved"], row["speed_up"], row["same_as_prefix"]
         lines.append(
             f"| {row['agents']} | {row['mode']} | {saved['n']} | {row['positions']:,.0f} | {percent(saved['mean'])} "
-            f"({percent(saved['low'])} to {percent(saved['high'])}) | {speed['mean']:.2f} ({speed['low']:.2f} to {speed['high']:.2f}) | "
-            f"{row['last_ttft']:.2f} s | {f'{same[0]} of {same[1]}' if same else ''} |"
+            f"({percent(saved['low'])} to {percent(saved['high'])}) | {speed['mean']:.2f} "
+            f"({speed['low']:.2f} to {speed['high']:.2f}) | {row['last_ttft']:.2f} s "
+            f"| {f'{same[0]} of {same[1]}' if same else ''} |"
         )
     for agents in dict.fromkeys(row["agents"] for row in document["summary"]):
         if (DOCS / "bench" / f"chain-{agents}.svg").exists():
@@ -58,8 +62,8 @@ def latent(path: Path) -> list[str]:
         "## Latent steps against their controls",
         "",
         machine(document["environment"]),
-        f"Two passwords in a prompt, one of them asked for, after {settings['steps']} latent positions (none in `no context` and "
-        "`zero steps`; random vectors of the same length in `noise`). 95 % Wilson intervals.",
+        f"Two passwords in a prompt, one of them asked for, after {settings['steps']} latent positions (none in "
+        "`no context` and `zero steps`; random vectors of the same length in `noise`). 95 % Wilson intervals.",
         "",
         "| arm | recalled | n | share | interval | against noise |",
         "|---|---:|---:|---:|---|---|",
@@ -68,10 +72,12 @@ def latent(path: Path) -> list[str]:
         inside = arm["low"] <= noise["high"] and arm["high"] >= noise["low"]
         verdict = "the control" if arm is noise else "intervals overlap" if inside else "apart"
         lines.append(
-            f"| {arm['arm']} | {arm['hits']} | {arm['n']} | {arm['hits'] / arm['n']:.0%} | {arm['low']:.0%} to {arm['high']:.0%} | {verdict} |"
+            f"| {arm['arm']} | {arm['hits']} | {arm['n']} | {arm['hits'] / arm['n']:.0%} "
+            f"| {arm['low']:.0%} to {arm['high']:.0%} | {verdict} |"
         )
     better = [arm["arm"] for arm in arms if arm["arm"] in ("norm", "soft", "ridge") and arm["low"] > noise["high"]]
-    claim = f"Above noise: {', '.join(better)}." if better else "No method is above the noise arm's interval: nothing is claimed for latent steps. Use exact relay."
+    nothing = "No method is above the noise arm's interval: nothing is claimed for latent steps. Use exact relay."
+    claim = f"Above noise: {', '.join(better)}." if better else nothing
     return [*lines, "", claim]
 
 
@@ -81,16 +87,26 @@ def perf(path: Path) -> list[str]:
         "## Performance",
         "",
         machine(document["environment"]),
-        "Each value is a ratio within the run; \"a plain copy\" is `bytes(memoryview)` of the same bytes into fresh memory, median of 7.",
+        'Each value is a ratio within the run; "a plain copy" is `bytes(memoryview)` of the same bytes into fresh '
+        "memory, median of 7.",
         "",
         "| what | control | value | spread | n | must reach | reached |",
         "|---|---|---:|---|---:|---|---|",
     ]
     for row in document["results"]:
-        value = "not measured" if row["value"] is None else f"{row['value']:.3g}"
+        value = f"not measured: {row['not_measured']}" if row["value"] is None else f"{row['value']:.3g}"
         spread = "" if row["low"] is None else f"{row['low']:.3g} to {row['high']:.3g}"
         reached = "" if row["reached"] is None else "yes" if row["reached"] else "**no**"
-        lines.append(f"| {row['name']} | {row['control']} | {value} | {spread} | {row['n']} | {row['target'] or ''} | {reached} |")
+        cells = (
+            row["name"],
+            row["control"],
+            value,
+            spread,
+            str(row["n"]),
+            f"{row['bound']} {row['target']}" if row["target"] else "",
+            reached,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     if (DOCS / "bench" / "perf.svg").exists():
         lines += ["", "![ratios against their targets](bench/perf.svg)"]
     return lines
@@ -105,5 +121,7 @@ def page() -> str:
 if __name__ == "__main__":
     target = DOCS / "benchmarks.md"
     if "--check" in sys.argv:
-        sys.exit(0 if target.read_text() == page() else "docs/benchmarks.md is stale: run python docs/make_benchmarks.py")
+        sys.exit(
+            0 if target.read_text() == page() else "docs/benchmarks.md is stale: run python docs/make_benchmarks.py"
+        )
     target.write_text(page())

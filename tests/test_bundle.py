@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -535,7 +536,5 @@ def test_a_codec_of_another_installation_is_unsupported() -> None:
 
 
 def test_a_sender_cannot_claim_a_better_class_than_the_kind_allows() -> None:
-    from avp.context import Context, Exactness, text_context
-
     claimed = dataclasses.replace(text_context("hello"), exactness=Exactness.EXACT)
     assert Context.from_bytes(claimed.to_bytes()).exactness is Exactness.TEXT

@@ -11,6 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_page_is_what_the_json_says() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "make_benchmarks.py"), "--check"], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "docs" / "make_benchmarks.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -190,6 +190,18 @@ def other_weights_and_no_text() -> object:
     return other().generate("Check it.", context=one().think([5, 6, 7], steps=1), accept="text")
 
 
+@reproduces("holds no KV to go on from")
+def hidden_states_only() -> object:
+    thought = one().think(PLAN, steps=1)
+    context = Context("hidden", thought.model, thought.tokens, turns=thought.turns, hidden=thought.hidden)
+    return one().generate("Go on.", context=Context.from_bytes(context.to_bytes()))
+
+
+REPRODUCTIONS["a context cannot be projected from one model to another yet"] = lambda *_: other().generate(
+    PLAN, context=one().prefill(PLAN), source=one()
+)
+
+
 @reproduces("positions are needed and")
 def too_long() -> object:
     return one().prefill([5] * (one().max_positions + 1))

@@ -5,8 +5,7 @@ random: compressing those costs time and gains nothing. A value is rotated left 
 the whole exponent (float32, bfloat16) or the exponent and the first mantissa bits (float16).
 
 zstd serves as an entropy coder: exponents have next to no repeats, so the smallest hash table and the longest match
-that
-the fast strategy knows make it twice as fast as level 1, and 9 % smaller.
+that the fast strategy knows make it twice as fast as level 1, and 9 % smaller.
 """
 
 from __future__ import annotations
