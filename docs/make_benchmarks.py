@@ -32,7 +32,7 @@ def chain(path: Path) -> list[str]:
         "",
         machine(document["environment"]),
         f"Every agent writes exactly {settings['max_new_tokens']} tokens in every mode (EOS suppressed); a thinking "
-        f"agent takes {settings['steps']} latent steps. Control: text in the same run, on the same questions, in the same "
+        f"agent takes {settings['steps']} latent steps. Control: text in the same run, same questions, same "
         "process.",
         "",
         "| agents | mode | n | positions computed | fewer than text (95 %) | speed-up (95 %) | TTFT of the last agent "

@@ -81,6 +81,7 @@ class _Lines:
         self._title = title
         self._began: dict[str, float] = {}
         self._stepped: set[str] = set()
+        self._ended: set[str] = set()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self._began:
@@ -88,7 +89,8 @@ class _Lines:
             click.echo(f"{self._title}: {stage} …", err=True)
         if 0 < done < total:
             self._stepped.add(stage)
-        elif done:
+        elif done and stage not in self._ended:  # all there may be told twice: by the last look, and by the end
+            self._ended.add(stage)
             seconds = time.monotonic() - self._began[stage]
             amount = f"{total / _MIB:.1f} MiB, {_rate(total, seconds)}, " if stage in self._stepped else ""
             click.echo(f"{self._title}: {stage} done ({amount}{seconds:.1f} s)", err=True)
