@@ -5,6 +5,7 @@ The format is on one page: docs/spec/bundle.md, the twin of this file.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -52,6 +53,8 @@ def write(context: Context, path: str | os.PathLike[str], *, codec: str = "raw")
     """The context as a file, mode 0600, by way of a temporary file beside it; returns the bytes written."""
     header, tensors = _lay_out(context, codec)
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb", buffering=0) as file:

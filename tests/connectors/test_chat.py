@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from avp.connectors.huggingface import HuggingFaceConnector
+from avp.context import Context
 from avp.errors import UsageError
 from avp.testing.tiny import ALTERNATING, CHATML, REASONING, tiny_connector
 
@@ -186,3 +189,46 @@ def test_a_conversation_that_the_template_refuses_is_a_clear_error() -> None:
     connector = tiny_connector(chat_template="{{ raise_exception('no, thank you') }}")
     with pytest.raises(UsageError, match="no, thank you"):
         connector.generate(PLAN)
+
+
+def test_a_received_context_cannot_bring_its_own_template() -> None:
+    connector = tiny_connector()
+    context = connector.prefill(PLAN)
+    for bad in ({"chat_template": "OBEY"}, {"tokenize": True}, {"add_generation_prompt": False}, {"tools": [1]}):
+        forged = replace(context, template={"chat_template_kwargs": bad})
+        with pytest.raises(UsageError, match="may not set"):
+            connector.generate(CHECK, context=Context.from_bytes(forged.to_bytes()))
+    with pytest.raises(UsageError, match="may not set"):
+        connector.generate(CHECK, chat_template_kwargs={"chat_template": "OBEY"})
+    with pytest.raises(UsageError, match="tools are no list"):
+        connector.generate(CHECK, context=Context.from_bytes(replace(context, template={"tools": 5}).to_bytes()))
+
+
+@pytest.mark.parametrize("template", [CHATML, REASONING], ids=["chatml", "reasoning"])
+def test_a_prefilled_assistant_message_has_ended_and_an_empty_prompt_opens_another_turn(template: str) -> None:
+    connector = tiny_connector(chat_template=template)
+    conversation = [user(PLAN), assistant("<think>hm</think>19")]
+    found = connector.generate("", context=connector.prefill(conversation), max_new_tokens=4)
+    whole = connector.generate(conversation, max_new_tokens=4)
+    assert found.tokens == whole.tokens
+    assert [turn.role for turn in found.context.turns] == ["user", "assistant", "assistant"]
+    assert list(found.context.tokens[: -len(found.tokens)]) == rendered(connector, conversation)
+
+
+def test_latent_steps_do_not_follow_text_within_a_turn() -> None:
+    connector = tiny_connector()
+    written = connector.generate(PLAN, max_new_tokens=4, min_new_tokens=4)
+    with pytest.raises(UsageError, match="cannot follow text within one turn"):
+        connector.think("", context=written.context, steps=2)
+    assert len(connector.think(CHECK, context=written.context, steps=2)) > len(written.context)
+
+
+def test_content_that_the_template_cannot_write_is_a_clear_error() -> None:
+    with pytest.raises(UsageError, match="the chat template refuses"):
+        tiny_connector().generate([{"role": "user", "content": 7}])
+
+
+@pytest.mark.parametrize("ids", [[5, -1], [5, 320], [-7]])
+def test_ids_outside_the_vocabulary_are_refused(ids: list[int]) -> None:
+    with pytest.raises(UsageError, match="is no token id: the model has 320"):
+        tiny_connector().prefill(ids)

@@ -128,6 +128,9 @@ def test_a_larger_matrix_is_sampled_in_every_row_and_column(monkeypatch: pytest.
 def test_a_name_that_is_no_model_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no model 'nobody/nothing'"):
         HuggingFaceConnector.from_pretrained("nobody/nothing")
+    for path in ("/nonexistent/folder", "./typo/a/b", "~/typo", "a/b/c"):
+        with pytest.raises(ModelNotFound, match="there is no folder"):
+            HuggingFaceConnector.from_pretrained(path)
     with pytest.raises(ModelNotFound, match="there is no file"):
         HuggingFaceConnector.from_pretrained(tmp_path / "missing.gguf")
     with pytest.raises(UsageError, match="dtype 'int3'"):
@@ -353,7 +356,17 @@ def test_an_error_in_a_stream_reaches_its_reader(connector: HuggingFaceConnector
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"min_new_tokens": -1}, {"accept": "maybe"}],
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"min_new_tokens": -1},
+        {"accept": "maybe"},
+        {"stop": ""},
+        {"seed": 2**70},
+        {"context": b"bytes"},
+    ],
 )
 def test_impossible_sampling_is_refused(connector: HuggingFaceConnector, options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
@@ -448,3 +461,10 @@ def test_what_cannot_be_gone_on_from_says_so(connector: HuggingFaceConnector) ->
     lost = replace(thought, hidden=None)
     with pytest.raises(UsageError, match="whose input vector it does not hold"):
         connector.generate("", context=lost)
+
+
+def test_a_context_of_which_nothing_is_reused_is_no_hand_over() -> None:
+    connector = tiny_connector(chat_template="{% if shout %}{{ 'LOUD ' }}{% endif %}{{ messages[-1]['content'] }}")
+    context = connector.generate(PLAN, max_new_tokens=2).context
+    found = connector.generate(CHECK, context=context, chat_template_kwargs={"shout": True}, max_new_tokens=2)
+    assert (found.receipt.mode, found.receipt.exactness, found.receipt.tokens_reused) == ("text", Exactness.TEXT, 0)

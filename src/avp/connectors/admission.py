@@ -20,6 +20,8 @@ def admit(
         UsageError: `accept` is no class of exactness, or the context holds hidden states only.
     """
     floor = Exactness.parse(accept)
+    if context is not None and not isinstance(context, Context):
+        raise UsageError(f"context is a {type(context).__name__}, not a Context. Fix: pass a generation's .context.")
     if context is None or context.model is None or context.kind == "text":
         return context, "text", ()
     if context.kind == "kv" and context.model.same_weights(identity):
@@ -33,7 +35,7 @@ def admit(
         raise IdentityMismatch(
             f"this context was made by {context.model.describe()} but the connector runs {identity.describe()}. "
             "A KV-cache is valid only for the weights and the cache layout that made it. "
-            'Fix: load those weights, or pass accept="text" to go on from its text.'
+            'Fix: load those weights, or go on from its text with generate(…, accept="text").'
         )
     why = f"no KV was used: the context is of kind {context.kind}, made by {context.model.describe()}"
     if context.model.same_tokenizer(identity) and context.tokens and LATENT not in context.tokens:

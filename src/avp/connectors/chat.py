@@ -33,13 +33,15 @@ class Plan:
     turns: tuple[Turn, ...]
     template: Mapping[str, object]
     reasons: tuple[str, ...] = ()
+    open: bool = False  # what follows belongs to the last turn: an assistant's that has not ended, or raw ids
 
 
 @dataclass(frozen=True, slots=True)
 class Renderer:
-    """Renders for one tokenizer."""
+    """Renders for one tokenizer and a model of `vocabulary` ids."""
 
     tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
 
     def extend(self, context: Context | None, prompt: Prompt, *, template: Mapping[str, object], reply: bool) -> Plan:
         """The plan for `prompt` after `context`; `reply`: an assistant turn follows.
@@ -53,18 +55,17 @@ class Renderer:
         """
         before = context.turns if context is not None else ()
         template = template or (context.template if context is not None else {})
-        ids = raw_ids(prompt)
+        ids = self._raw_ids(prompt)
         if ids is not None:
             held = context.tokens if context is not None else ()
             whole = (*held, *ids)
             raw = Turn({"role": "raw", "content": ""}, (0, len(whole)))
-            return Plan(whole, len(context) if context is not None else 0, (raw,), template)
+            return Plan(whole, len(context) if context is not None else 0, (raw,), template, open=True)
         turns = (*before, *messages(prompt))
         if not turns:
             raise UsageError("there is nothing to compute. Fix: pass a prompt, or a context that holds something.")
-        open_turn = not reply or turns[-1].role in ("assistant", "raw")
-        if context is not None and open_turn and not messages(prompt):
-            return Plan(context.tokens, len(context), turns, template)
+        if context is not None and not messages(prompt) and (not reply or _is_open(context)):
+            return Plan(context.tokens, len(context), turns, template, open=_is_open(context))
         held = context.tokens if context is not None else ()
         settle = self._reply_ids if reply else self._settled_ids
         rendered = settle(turns, held, template)
@@ -111,6 +112,20 @@ class Renderer:
             ids.extend(self._encode(piece, first=False))
         return tuple(ids)
 
+    def _raw_ids(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """The token ids, if the prompt is a list of them."""
+        if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt:
+            return None
+        if not all(isinstance(item, int) for item in prompt):
+            return None
+        ids = tuple(int(cast(int, item)) for item in prompt)
+        wrong = next((i for i in ids if not 0 <= i < self.vocabulary), None)
+        if wrong is not None:
+            raise UsageError(
+                f"{wrong} is no token id: the model has {self.vocabulary}. Fix: pass ids of its own tokenizer."
+            )
+        return ids
+
     def _encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of a piece of rendered text; a template writes its own BOS, plain text gets the tokenizer's."""
         special = first and not self.tokenizer.chat_template
@@ -129,38 +144,71 @@ class Renderer:
         ]
         if not self.tokenizer.chat_template:
             return "".join(str(message.get("content") or "") for message in shown)
-        problem: TemplateError | None = None
+        problem: Exception | None = None
         for candidate in (shown, _merged(shown), _merged(_without_system(shown))):
             try:
                 return self._apply(candidate, template, reply)
-            except TemplateError as error:
+            except (TemplateError, TypeError, ValueError) as error:
                 problem = problem or error
         raise UsageError(
             f"the chat template refuses the conversation: {problem}. Fix: order the messages as the model expects."
         ) from problem
 
     def _apply(self, shown: list[dict[str, object]], template: Mapping[str, object], reply: bool) -> str:
-        extra = template.get("chat_template_kwargs")
+        tools, extra = _arguments(template)
         rendered = self.tokenizer.apply_chat_template(
             shown,
-            tools=template.get("tools"),
+            tools=tools,
             add_generation_prompt=reply,
             tokenize=False,
-            **(cast(dict[str, object], extra) if isinstance(extra, dict) else {}),
+            **extra,
         )
         return cast(str, rendered)
 
 
-def raw_ids(prompt: Prompt) -> tuple[int, ...] | None:
-    """The token ids, if the prompt is a list of them."""
-    if (
-        not isinstance(prompt, Sequence)
-        or isinstance(prompt, str)
-        or not prompt
-        or not all(isinstance(item, int) for item in prompt)
-    ):
-        return None
-    return tuple(int(cast(int, item)) for item in prompt)
+def _is_open(context: Context) -> bool:
+    """Whether the last turn has not ended: the model was writing (its last token is pending) or thinking; raw ids."""
+    if context.kind != "kv" or not context.turns:
+        return False
+    unfinished = bool(context.pending) or context.tokens[-1:] == (LATENT,)
+    return context.turns[-1].role == "raw" or (context.turns[-1].role == "assistant" and unfinished)
+
+
+# What a caller, or a context from elsewhere, must not set: the template itself and what the renderer decides.
+_RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+
+
+def _arguments(template: Mapping[str, object]) -> tuple[list[dict[str, object]] | None, dict[str, object]]:
+    """Tools and arguments for the template, checked: a received context brings its own.
+
+    Raises:
+        UsageError: tools are no list of objects, or an argument is one that the renderer sets itself.
+    """
+    tools, extra = template.get("tools"), template.get("chat_template_kwargs", {})
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UsageError("tools are no list of objects. Fix: pass tools as JSON schemas, or leave them out.")
+    if not isinstance(extra, dict) or _RESERVED & set(extra):
+        raise UsageError(
+    """Whether the last turn has not ended: the model was writing (its last id is pending) or thinking, or ids are raw."""
+            "the renderer does. Fix: pass only the template's own variables."
+        )
+    return cast("list[dict[str, object]] | None", tools), extra
 
 
 def messages(prompt: Prompt) -> tuple[Turn, ...]:
@@ -237,8 +285,22 @@ def with_work(plan: Plan) -> Plan:
 def with_reply(plan: Plan, text: str, positions: int) -> tuple[Turn, ...]:
     """The turns with the model's text: a new assistant turn, or more of the one that was open."""
     last = plan.turns[-1]
-    if last.role == "raw":
+    if plan.open and last.role == "raw":
         return (*plan.turns[:-1], Turn(last.message, (0, positions)))
-    if last.role == "assistant":
+    if plan.open:
         return (*plan.turns[:-1], Turn({**last.message, "content": last.content + text}, last.opaque))
     return (*plan.turns, Turn({"role": "assistant", "content": text}))
+
+
+def with_thought(plan: Plan, positions: int) -> tuple[Turn, ...]:
+    """The turns with latent positions up to `positions`: a new assistant turn, or more of the one that was open.
+
+    Raises:
+        UsageError: the open turn has text already; a turn holds its latent positions before its text.
+    """
+    last = plan.turns[-1]
+    if not plan.open:
+        return (*plan.turns, Turn({"role": "assistant", "content": ""}, (len(plan.ids), positions)))
+    if last.role != "raw" and (last.opaque is None or last.content):
+        raise UsageError("latent steps cannot follow text within one turn. Fix: pass a prompt, which closes the turn.")
+    return (*plan.turns[:-1], Turn(last.message, (last.opaque[0] if last.opaque else 0, positions)))

@@ -24,13 +24,13 @@ from avp.connectors import loading
 from avp.connectors.admission import admit, refuse_source
 from avp.connectors.arena import SLACK, Arena, Shape, Snapshot, continue_from
 from avp.connectors.cache import PositionCounter, RunCache
-from avp.connectors.chat import Plan, Renderer, with_reply, with_work
+from avp.connectors.chat import Plan, Renderer, with_reply, with_thought, with_work
 from avp.connectors.embeddings import Tables
 from avp.connectors.layout import cache_layout
 from avp.connectors.sampling import Sampling, Stream, eos_ids, run_generate
 from avp.connectors.state import from_segments, make_context, to_buffer, to_tensor
 from avp.connectors.weights import tokenizer_fingerprint, weights_fingerprint
-from avp.context import LATENT, Context, Exactness, Turn
+from avp.context import LATENT, Context, Exactness
 from avp.errors import ContextTooLong, UsageError
 from avp.identity import ModelIdentity
 from avp.protocols import Prompt, Step
@@ -65,7 +65,7 @@ class HuggingFaceConnector:
         )
         self.max_positions = int(model.config.get_text_config(decoder=True).max_position_embeddings)
         self._shape = Shape(layout, model.dtype, model.device)
-        self._renderer = Renderer(tokenizer)
+        self._renderer = Renderer(tokenizer, model.get_input_embeddings().weight.shape[0])
         self._snapshots: weakref.WeakKeyDictionary[Context, Snapshot] = weakref.WeakKeyDictionary()
         self._steps: dict[str, Step] = {}
         self._lock = threading.Lock()
@@ -141,18 +141,14 @@ class HuggingFaceConnector:
         plan = with_work(
             self._renderer.extend(context, prompt, template=_template(tools, chat_template_kwargs), reply=True)
         )
+        ids = plan.ids + (LATENT,) * steps
+        turns = with_thought(plan, len(ids))
         with self._run(context, plan, more=steps) as cache:
             hidden = vector = self._hidden(cache, context, plan.ids[cache.length :])
             for _ in range(steps):
                 vector = step(hidden)
                 output = self.model.base_model(inputs_embeds=vector[None], past_key_values=cache, use_cache=True)
                 hidden = output.last_hidden_state[0, -1:]
-            ids = plan.ids + (LATENT,) * steps
-            turns: tuple[Turn, ...]
-            if plan.turns[-1].role == "raw":
-                turns = (Turn(plan.turns[-1].message, (0, len(ids))),)
-            else:
-                turns = (*plan.turns, Turn({"role": "assistant", "content": ""}, (len(plan.ids), len(ids))))
             return self._context(cache, replace(plan, ids=ids, turns=turns), context, hidden=to_buffer(vector))
 
     def generate(
@@ -266,9 +262,10 @@ class HuggingFaceConnector:
             new, first = run_generate(self.model, self.tokenizer, cache, plan.ids, vector, sampling, stream)
             text = self._decode(new)
             after = replace(plan, ids=plan.ids + new, turns=with_reply(plan, text, len(plan.ids) + len(new)))
-            result = self._context(cache, after, base)
+            result = self._context(cache, after, base, pending=1)
         ended = perf_counter()
         reused = plan.reuse if mode == "kv" else 0
+        mode = mode if mode != "kv" or plan.reuse else "text"
         receipt = Receipt(
             mode,
             result.exactness if mode == "kv" else Exactness.TEXT,
@@ -299,9 +296,11 @@ class HuggingFaceConnector:
         finally:
             arena.release(cache.kept)
 
-    def _context(self, cache: RunCache, plan: Plan, base: Context | None, *, hidden: Buffer | None = None) -> Context:
-        """Keep what the run computed, as a context."""
-        cache.kept = min(cache.length, len(plan.ids))
+    def _context(
+        self, cache: RunCache, plan: Plan, base: Context | None, *, hidden: Buffer | None = None, pending: int = 0
+    ) -> Context:
+        """Keep what the run computed, as a context; its last `pending` ids count as not computed."""
+        cache.kept = min(cache.length, len(plan.ids) - pending)
         snapshot = Snapshot(cache.arena, cache.kept)
         context = make_context(self.identity, snapshot, plan, base, hidden=hidden)
         with self._lock:

@@ -56,6 +56,8 @@ def resolve(name: str | Path) -> str | Path:
         return gguf.convert(path, models.cache_dir() / "converted" / digest[:32])
     if path.is_dir():
         return path
+    if path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2:
+        raise ModelNotFound(f"there is no folder {path}. Fix: check the path.")
     return str(name)
 
 

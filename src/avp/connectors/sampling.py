@@ -53,7 +53,9 @@ class Sampling:
             raise UsageError(
                 f"max_new_tokens is {self.max_new_tokens}, min_new_tokens {self.min_new_tokens}. Fix: at least 1 and 0."
             )
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if "" in self.stop or (self.seed is not None and not 0 <= self.seed < 2**63):
+            raise UsageError(f"stop is {self.stop}, seed {self.seed}. Fix: no empty stop string; 0 <= seed < 2**63.")
+        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
             raise UsageError(
                 f"temperature is {self.temperature}, top_p {self.top_p}. Fix: temperature >= 0, 0 < top_p <= 1."
             )
