@@ -172,8 +172,8 @@ def parse_manifest(value: Mapping[str, object], limits: Limits) -> Manifest:
     tokens = _tokens(value["tokens"], limits)
     length = _int(value["length"], "length", 0, len(tokens))
     template = value["template"]
-    if not isinstance(template, dict) or set(template) - {"tools", "chat_template_kwargs"}:
-        raise BundleError(f"the manifest's template is no object of tools and chat_template_kwargs. {_ASK}")
+    if not isinstance(template, dict):
+        raise BundleError(f"the manifest's template is no object. {_ASK}")
     segments = _segments(value["segments"], model, tokens[:length])
     exactness = worst([_exactness(value["exactness"]), _floor(kind, tokens), *(entry.exactness for entry in segments)])
     hidden = _hidden(value["hidden"])

@@ -144,6 +144,7 @@ class Renderer:
         ]
         if not self.tokenizer.chat_template:
             return "".join(str(message.get("content") or "") for message in shown)
+        _arguments(template)
         problem: Exception | None = None
         for candidate in (shown, _merged(shown), _merged(_without_system(shown))):
             try:
@@ -203,10 +204,10 @@ def _arguments(template: Mapping[str, object]) -> tuple[list[dict[str, object]] 
     tools, extra = template.get("tools"), template.get("chat_template_kwargs", {})
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UsageError("tools are no list of objects. Fix: pass tools as JSON schemas, or leave them out.")
-    if not isinstance(extra, dict) or _RESERVED & set(extra):
+    found = sorted(_RESERVED & set(extra)) if isinstance(extra, dict) else extra
+    if found or not isinstance(extra, dict):
         raise UsageError(
-    """Whether the last turn has not ended: the model was writing (its last id is pending) or thinking, or ids are raw."""
-            "the renderer does. Fix: pass only the template's own variables."
+            f"chat_template_kwargs may not set {found}: the renderer does. Fix: pass only the template's own variables."
         )
     return cast("list[dict[str, object]] | None", tools), extra
 
