@@ -23,12 +23,14 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 docs: $(STAMP)  ## the site, into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP) models  ## the figures under docs/bench, with the peer in an environment of its own
 	$(BIN)/avp bench perf --out docs/bench
-	$(BIN)/avp bench chain --data ../shared/data/gsm8k.jsonl --limit 4 --agents 4 --out docs/bench
+	$(BIN)/avp bench chain --data ../shared/data/gsm8k.jsonl --limit 3 --agents 4 --out docs/bench
+	$(BIN)/avp bench chain --data ../shared/data/gsm8k.jsonl --limit 1 --agents 16 --name chain-16 --out docs/bench
 	$(BIN)/avp bench latent --limit 100 --out docs/bench
+	$(BIN)/python docs/make_benchmarks.py
 
 models: $(STAMP)  ## the two small models, into the user's cache
 	$(BIN)/avp models get smollm2

@@ -231,7 +231,8 @@ def questions(path: Path, limit: int) -> list[tuple[str, str]]:
     help="Let a turn end where it ends; by default all modes write the same number of tokens.",
 )
 @click.option("--wire", is_flag=True, help="Each agent of the AVP modes in a process of its own.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for chain.json and chain-*.svg.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Folder for the JSON and chain-*.svg.")
+@click.option("--name", default="chain", show_default=True, help="Name of the JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON document on standard output.")
 def command(
     data: Path,
@@ -244,6 +245,7 @@ def command(
     free_length: bool,
     wire: bool,
     out: Path | None,
+    name: str,
     as_json: bool,
 ) -> None:
     """A chain of agents over a data set, in four modes in one run: positions, TTFT, bytes, seconds."""
@@ -267,7 +269,7 @@ def command(
         "runs": [run.to_json() for run in runs],
     }
     if out is not None:
-        write_json(document, out / "chain.json", echo=click.echo)
+        write_json(document, out / f"{name}.json", echo=click.echo)
         plot_chain(runs, out)
     if as_json:
         write_json(document, None, echo=click.echo)

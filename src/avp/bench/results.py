@@ -143,6 +143,7 @@ def environment() -> dict[str, object]:
         "machine": platform.machine(),
         "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "versions": found,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,10 +111,15 @@ def from_segments(context: Context, shape: Shape) -> Snapshot:
     if covered != len(context):
         raise UsageError(f"the context lacks the KV from position {covered} on. Fix: fetch the missing segments first.")
     arena = Arena.empty(shape, len(context) + SLACK)
-    for segment in context.segments:
-        for layer in range(len(shape.layout.layers)):
+
+    def fill_layer(layer: int) -> None:
+        for segment in context.segments:
             for part, rows in (("k", arena.keys[layer]), ("v", arena.values[layer])):
                 _fill(rows[0, :, segment.start : segment.stop], segment.read(layer, part))
+
+    # First writes wait for the kernel to hand out pages; two threads wait half as long.
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill_layer, range(len(shape.layout.layers))))
     arena.used = len(context)
     return Snapshot(arena, len(context))
 
