@@ -76,6 +76,7 @@ def demo(
             live.update(Group(*(tables[each] for each in started)))
 
         runs = run_chain(connector, question, agents=agents, settings=settings, on_hop=on_hop)
+    console.print()
     exact = next(run for run in runs if run.mode == "exact")
     console.print(_summary(runs))
     for run in runs:
