@@ -17,11 +17,18 @@ This page is generated from it by `python docs/make_benchmarks.py`. All ratios a
 def machine(environment: dict[str, object]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     made = f"`{environment['command']}`, {environment['date'][:10]}, {environment['cores']} cores"
+    threads = environment.get("threads", "all")
+    made += "" if threads == "all" else f" ({threads} thread used)"
     return f"{made} {environment['machine']}, no GPU, Python {environment['python']}, {versions}."
 
 
 def percent(share: float) -> str:
     return f"{share:.1%}"
+
+
+def between(found: dict[str, float], form: str) -> str:
+    """The interval in brackets; one question has none."""
+    return f" ({found['low']:{form}} to {found['high']:{form}})" if found["n"] > 1 else ""
 
 
 def chain(path: Path) -> list[str]:
@@ -35,6 +42,7 @@ def chain(path: Path) -> list[str]:
         f"agent takes {settings['steps']} latent steps. Control: text in the same run, same questions, same "
         "process.",
         "",
+        *([document["note"], ""] if "note" in document else []),
         "| agents | mode | n | positions computed | fewer than text (95 %) | speed-up (95 %) | TTFT of the last agent "
         "| tokens = text + prefix cache |",
         "|---:|---|---:|---:|---|---|---:|---|",
@@ -42,9 +50,8 @@ def chain(path: Path) -> list[str]:
     for row in document["summary"]:
         saved, speed, same = row["positions_saved"], row["speed_up"], row["same_as_prefix"]
         lines.append(
-            f"| {row['agents']} | {row['mode']} | {saved['n']} | {row['positions']:,.0f} | {percent(saved['mean'])} "
-            f"({percent(saved['low'])} to {percent(saved['high'])}) | {speed['mean']:.2f} "
-            f"({speed['low']:.2f} to {speed['high']:.2f}) | {row['last_ttft']:.2f} s "
+            f"| {row['agents']} | {row['mode']} | {saved['n']} | {row['positions']:,.0f} | {percent(saved['mean'])}"
+            f"{between(saved, '.1%')} | {speed['mean']:.2f}{between(speed, '.2f')} | {row['last_ttft']:.2f} s "
             f"| {f'{same[0]} of {same[1]}' if same else ''} |"
         )
     for agents in dict.fromkeys(row["agents"] for row in document["summary"]):
