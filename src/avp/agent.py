@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from avp import registry
@@ -72,9 +72,8 @@ def pack(content: str, *, model: str | None = None, think_steps: int = 0, contex
     """A message for another agent.
 
     Without a model it is text. With one it carries the model's identity and the token ids. With `think_steps` it
-    carries
-    the latent context *and* the text, so that a receiver of other weights can still read it. `context` is what came
-    before.
+    carries the latent context *and* the text, so that a receiver of other weights can still read it. `context` is what
+    came before.
 
     Raises:
         UsageError: `think_steps` or `context` without a model. Else as `HuggingFaceConnector.think`.
@@ -156,4 +155,4 @@ def _open_turn(context: Context) -> Context:
     """A context that ends in an assistant's whole turn of text is read as a message: its text becomes the user's."""
     if context.kind == "kv" or not context.turns or context.turns[-1].role == "user":
         return context
-    return replace(text_context(context.text), model=None)
+    return text_context(context.text)

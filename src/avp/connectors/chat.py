@@ -50,8 +50,7 @@ class Renderer:
 
         Raises:
             UsageError: the prompt is no string, messages or ids; the template refuses the conversation; or what would
-            be
-                recomputed holds latent positions.
+                be recomputed holds latent positions.
         """
         before = context.turns if context is not None else ()
         template = template or (context.template if context is not None else {})

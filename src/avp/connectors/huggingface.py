@@ -356,7 +356,7 @@ class HuggingFaceConnector:
         """The context with more messages and nothing more to compute yet."""
         if context is None:
             raise UsageError("there is nothing to compute. Fix: pass a prompt that is not empty.")
-        with self._run(context, replace(plan, ids=plan.ids), more=0) as cache:
+        with self._run(context, plan, more=0) as cache:
             return self._context(cache, plan, context)
 
     def _decode(self, ids: Sequence[int]) -> str:

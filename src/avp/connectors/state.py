@@ -79,9 +79,7 @@ def make_context(
 
 
 def _grades(plan: Plan, base: Context | None, dtype: str) -> Callable[[int], Exactness]:
-    """Exactness of the positions up to `stop`: that of the base where it was reused, and no better behind latent
-    ones.
-    """
+    """Exactness up to a position: that of the base where it was reused, and no better behind latent positions."""
     latent = next((i for i, token in enumerate(plan.ids) if token == LATENT), len(plan.ids))
     old = base.segments if base is not None and plan.reuse else ()
 
