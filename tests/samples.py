@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from avp.buffers import Buffer
-from avp.context import LATENT, Context, Exactness, Turn, cut_segments
+from avp.context import Context, Turn
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity
+from avp.segment import LATENT, Exactness, cut_segments
 from avp.testing import synthetic_context
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -58,7 +59,12 @@ def kv_context(
         return Exactness.APPROXIMATE if LATENT in ids[:stop] else Exactness.EXACT
 
     segments = cut_segments(
-        model, ids, dtype=dtype, tensors=lambda start, stop: Rows(dtype, arrays, start, stop), grade=grade
+        model,
+        ids,
+        dtype=dtype,
+        engine="synthetic",
+        tensors=lambda start, stop: Rows(dtype, arrays, start, stop),
+        grade=grade,
     )
     tokens = (*ids, *pending)
     return Context("kv", model, tokens, len(ids), turns, template or {}, segments, None, grade(len(ids)))

@@ -9,8 +9,8 @@ import pytest
 
 import avp
 from avp import agent
-from avp.context import Exactness
 from avp.errors import BundleError, ModelNotFound, UsageError
+from avp.segment import Exactness
 from avp.testing.tiny import tiny_model, tiny_tokenizer
 
 HELLO = "Plan the work: 12 apples and 7 pears."

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from avp.buffers import Buffer
 from avp.bundle import header_size, peek, tensor_sizes
-from avp.context import LATENT, Context, Exactness, Turn, text_context
+from avp.context import Context, Turn, text_context
 from avp.errors import (
     AVPError,
     BundleError,
@@ -30,6 +30,7 @@ from avp.errors import (
 )
 from avp.identity import LayerLayout
 from avp.manifest import Limits
+from avp.segment import LATENT, Exactness
 from avp.testing import synthetic_context
 
 from .samples import CODECS, DTYPES, LENGTHS, described, hidden_context, kv_bytes, kv_context, subset, tokens_context

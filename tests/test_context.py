@@ -9,9 +9,10 @@ import pytest
 from blake3 import blake3
 
 from avp.buffers import Buffer
-from avp.context import LATENT, PAGE, Context, Exactness, Turn, page_id, root_page, text_context, worst
+from avp.context import Context, Turn, text_context
 from avp.errors import AVPError, UsageError
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity
+from avp.segment import LATENT, PAGE, Exactness, page_id, root_page, worst
 from avp.testing import synthetic_context
 
 from .samples import described, hidden_context, kv_bytes, kv_context, subset, tokens_context

@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"buffers", "protocols", "registry"},
-    {"identity", "context", "manifest", "table", "bundle"},
+    {"identity", "segment", "shared", "context", "manifest", "table", "bundle", "blob"},
     {"codecs"},
     {"receipt"},
     {"projections"},

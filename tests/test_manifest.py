@@ -7,9 +7,10 @@ from copy import deepcopy
 
 import pytest
 
-from avp.context import LATENT, Context, Exactness, Turn, text_context
+from avp.context import Context, Turn, text_context
 from avp.errors import BundleError, LimitExceeded, UnsupportedBundle
 from avp.manifest import Limits, manifest_to_json, parse_json, parse_manifest
+from avp.segment import LATENT, Exactness
 from avp.testing import synthetic_context
 
 from .samples import kv_context, subset

@@ -6,8 +6,9 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from avp.context import Exactness, text_context
+from avp.context import text_context
 from avp.receipt import MODES, Generation, Receipt, Usage
+from avp.segment import Exactness
 
 
 def _generation(text: str) -> Generation:

@@ -12,8 +12,9 @@ from blake3 import blake3
 from avp import registry
 from avp.buffers import STORAGE
 from avp.bundle import header_size, peek
-from avp.context import KINDS, Context, Exactness, page_id, root_page
+from avp.context import KINDS, Context
 from avp.manifest import VERSION, Limits, parse_manifest
+from avp.segment import Exactness, page_id, root_page
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parent / "docs/spec/bundle.md").read_text(encoding="utf-8")

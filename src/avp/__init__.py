@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from avp.agent import Message, clear_cache, generate, pack, think, unpack
 from avp.bundle import Limits, Manifest, peek
-from avp.context import Context, Exactness, Segment, Turn
+from avp.context import Context, Turn
 from avp.errors import (
     AVPError,
     BundleError,
@@ -24,6 +24,7 @@ from avp.errors import (
 )
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity
 from avp.receipt import Generation, Receipt, Usage
+from avp.segment import Exactness, Segment
 
 if TYPE_CHECKING:
     from avp.connectors.huggingface import HuggingFaceConnector

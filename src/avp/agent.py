@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from avp import registry
-from avp.context import Context, Exactness, Turn, text_context
+from avp.context import Context, Turn, text_context
 from avp.errors import UsageError
 from avp.protocols import Prompt
+from avp.segment import Exactness
 
 if TYPE_CHECKING:
     from avp.connectors.huggingface import HuggingFaceConnector

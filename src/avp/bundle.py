@@ -20,10 +20,11 @@ import xxhash
 
 from avp import registry
 from avp.buffers import Buffer, from_memory
-from avp.context import Context, Segment, worst
+from avp.context import Context
 from avp.errors import BundleError, DigestMismatch, LimitExceeded, TruncatedBundle, UsageError
 from avp.manifest import HiddenEntry, Limits, Manifest, SegmentEntry, manifest_to_json, parse_json, parse_manifest
-from avp.protocols import Codec
+from avp.protocols import Codec, Tensors
+from avp.segment import Segment, worst
 from avp.table import (
     OPENING,
     check_table,
@@ -37,6 +38,7 @@ from avp.table import (
 
 __all__ = ["Limits", "Manifest", "load", "pack", "peek", "unpack", "write"]
 
+_RAISE = "Fix: raise Limits.bytes, or send smaller segments."
 _ALIGN = 64  # the header is padded so that tensors start on a cache line
 
 
@@ -82,38 +84,58 @@ def _lay_out(context: Context, codec_name: str) -> tuple[bytes, list[Buffer]]:
     named: list[tuple[str, Buffer]] = []
     layers = len(context.model.layout.layers) if context.model else 0
     for number, segment in enumerate(context.segments):
-        digests: list[bytes] = []
-        for layer in range(layers):
-            for part in ("k", "v"):
-                encoded = codec.encode(segment.read(layer, part))
-                named.extend((f"{number}/{layer}/{part}{suffix}", buffer) for suffix, buffer in encoded.items())
-                digests.extend(_digest(buffer) for buffer in encoded.values())
-        entries.append(
-            SegmentEntry(
-                segment.start,
-                len(segment),
-                segment.pages,
-                codec.name,
-                segment.dtype,
-                worst([segment.exactness, codec.exactness]),
-                b"".join(digests),
-            )
-        )
+        entry, tensors = encode_segment(segment, layers, codec)
+        entries.append(entry)
+        named.extend((f"{number}{name}", buffer) for name, buffer in tensors)
     hidden = None
     if context.hidden is not None:
-        hidden = HiddenEntry(context.hidden.dtype, context.hidden.shape, _digest(context.hidden))
+        hidden = HiddenEntry(context.hidden.dtype, context.hidden.shape, digest_of(context.hidden))
         named.append(("hidden", context.hidden))
-    return _header(manifest_to_json(context, entries, hidden), named), [buffer for _, buffer in named]
+    manifest = Manifest(
+        context.kind,
+        context.model,
+        context.tokens,
+        context.length,
+        context.turns,
+        context.template,
+        context.exactness,
+        tuple(entries),
+        hidden,
+    )
+    return make_header(manifest, named), [buffer for _, buffer in named]
 
 
-def _header(manifest: str, named: list[tuple[str, Buffer]]) -> bytes:
+def encode_segment(segment: Segment, layers: int, codec: Codec) -> tuple[SegmentEntry, list[tuple[str, Buffer]]]:
+    """A segment through a codec: its entry in the manifest, and its tensors by name, without the segment's number."""
+    named: list[tuple[str, Buffer]] = []
+    for layer in range(layers):
+        for part in ("k", "v"):
+            encoded = codec.encode(segment.read(layer, part))
+            named.extend((f"/{layer}/{part}{suffix}", buffer) for suffix, buffer in encoded.items())
+    entry = SegmentEntry(
+        segment.start,
+        len(segment),
+        segment.parent,
+        segment.pages,
+        codec.name,
+        segment.dtype,
+        segment.engine,
+        worst([segment.exactness, codec.exactness]),
+        b"".join(digest_of(buffer) for _, buffer in named),
+    )
+    return entry, named
+
+
+def make_header(manifest: Manifest, named: list[tuple[str, Buffer]]) -> bytes:
+    """The first bytes of a bundle: length, JSON, padding."""
     parts = written_parts([buffer for _, buffer in named])
-    text = header_text(manifest, [name for name, _ in named], parts, part_bounds(parts)).encode()
+    text = header_text(manifest_to_json(manifest), [name for name, _ in named], parts, part_bounds(parts)).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
     return struct.pack("<Q", len(text)) + text
 
 
-def _digest(buffer: Buffer) -> bytes:
+def digest_of(buffer: Buffer) -> bytes:
+    """xxh3-128 of a tensor's bytes."""
     hasher = xxhash.xxh3_128()
     for run in buffer.runs():
         hasher.update(run)
@@ -140,7 +162,7 @@ def tensor_sizes(head: bytes | memoryview, *, limits: Limits | None = None) -> d
     return {name: end - begin for name, (begin, end) in zip(names, pairwise(bounds), strict=True)}
 
 
-def header_size(head: bytes | memoryview, *, limits: Limits | None = None) -> int:
+def header_size(head: bytes | bytearray | memoryview, *, limits: Limits | None = None) -> int:
     """Bytes from the start to the first tensor, told by the first eight.
 
     Raises:
@@ -170,7 +192,31 @@ def unpack(data: bytes | bytearray | memoryview, *, limits: Limits | None = None
     """
     if verify not in ("now", "use"):
         raise UsageError(f'verify is {verify!r}. Fix: pass "now" or "use".')
-    limits = limits or Limits()
+    manifest, segments, hidden = read(data, limits=limits or Limits())
+    if manifest.kind == "segment":
+        raise BundleError("this is one segment, not a context. Fix: pass what Context.to_bytes or save wrote.")
+    if verify == "now":
+        for segment in segments:
+            verify_segment(segment)
+    return Context(
+        manifest.kind,
+        manifest.model,
+        manifest.tokens,
+        manifest.length,
+        manifest.turns,
+        MappingProxyType(dict(manifest.template)),
+        segments,
+        hidden,
+        manifest.exactness,
+    )
+
+
+def read(
+    data: bytes | bytearray | memoryview, *, limits: Limits
+) -> tuple[Manifest, tuple[Segment, ...], Buffer | None]:
+    """What a whole bundle of any kind holds, as views of `data`; tensors are checked at their first use, hidden states
+    here. Raises as `unpack`.
+    """
     view = memoryview(data).toreadonly().cast("B")
     if len(view) > limits.bytes:
         raise LimitExceeded(
@@ -185,11 +231,31 @@ def unpack(data: bytes | bytearray | memoryview, *, limits: Limits | None = None
             f"{len(view) - size} bytes of tensors came where the header declares {end}. "
             "Fix: send the whole bundle, and only it."
         )
-    context, sources = _to_context(view[size:], manifest, bounds)
-    if verify == "now":
-        for source in sources:
-            source.verify()
-    return context
+    return manifest, *_read_tensors(view[size:], manifest, bounds)
+
+
+def bundle_size(head: bytes | bytearray | memoryview, *, limits: Limits) -> int:
+    """Bytes of the whole bundle, told by its header.
+
+    Raises:
+        LimitExceeded: more than `limits.bytes`. Else as `unpack`.
+    """
+    view = memoryview(head).cast("B")
+    size = header_size(view, limits=limits)
+    total = size + _read_header(view, size, limits)[1][-1]
+    if total > limits.bytes:
+        raise LimitExceeded(f"a bundle of {total} bytes comes; at most {limits.bytes} are allowed. {_RAISE}")
+    return total
+
+
+def verify_segment(segment: Segment) -> None:
+    """Check every digest of a segment that was read from a bundle.
+
+    Raises:
+        DigestMismatch: its bytes are not those that were written.
+    """
+    if isinstance(segment.tensors, _Stored):
+        segment.tensors.verify()
 
 
 def load(path: str | os.PathLike[str], *, limits: Limits | None = None, verify: str = "use") -> Context:
@@ -297,32 +363,24 @@ def _check_digest(memory: memoryview, digest: bytes) -> None:
         )
 
 
-def _to_context(data: memoryview, manifest: Manifest, bounds: list[int]) -> tuple[Context, list[_Stored]]:
+def _read_tensors(data: memoryview, manifest: Manifest, bounds: list[int]) -> tuple[tuple[Segment, ...], Buffer | None]:
     layers = manifest.model.layout.layers if manifest.model else ()
     segments: list[Segment] = []
-    sources: list[_Stored] = []
     first = 0
     for entry in manifest.segments:
         codec = find_codec(entry.codec)
         shapes = tuple([layer_shape(layer, entry.count) for layer in layers])
         count = len(entry.digests) // 16
         stored = _Stored(data, codec, entry.dtype, shapes, bounds[first : first + count + 1], entry.digests)
-        sources.append(stored)
-        tokens = manifest.tokens[entry.start : entry.start + entry.count]
-        segments.append(Segment(entry.start, tokens, entry.pages, entry.dtype, entry.exactness, stored))
+        start = 0 if manifest.kind == "segment" else entry.start
+        segments.append(to_segment(entry, manifest.tokens[start : start + entry.count], stored))
         first += count
-    context = Context(
-        manifest.kind,
-        manifest.model,
-        manifest.tokens,
-        manifest.length,
-        manifest.turns,
-        MappingProxyType(dict(manifest.template)),
-        tuple(segments),
-        _hidden(data[bounds[first] :], manifest),
-        manifest.exactness,
-    )
-    return context, sources
+    return tuple(segments), _hidden(data[bounds[first] :], manifest)
+
+
+def to_segment(entry: SegmentEntry, tokens: tuple[int, ...], tensors: Tensors) -> Segment:
+    """The segment that an entry of a manifest describes."""
+    return Segment(entry.start, tokens, entry.parent, entry.pages, entry.dtype, entry.engine, entry.exactness, tensors)
 
 
 def _hidden(memory: memoryview, manifest: Manifest) -> Buffer | None:

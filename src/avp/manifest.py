@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from math import isfinite
 
 from avp.buffers import STORAGE
-from avp.context import KINDS, LATENT, PAGE, SEGMENT, Context, Exactness, Turn, page_id, root_page, worst
+from avp.context import KINDS, Turn
 from avp.errors import BundleError, LimitExceeded, UnsupportedBundle
 from avp.identity import ModelIdentity, canonical_json, identity_from_json, identity_to_json
+from avp.segment import LATENT, PAGE, SEGMENT, Exactness, page_id, root_page, worst
 
 VERSION = 1
+_KINDS = (*KINDS, "segment")
 _ASK = "Fix: ask the sender for a valid bundle."
 
 
@@ -39,9 +41,11 @@ class SegmentEntry:
 
     start: int
     count: int
+    parent: str
     pages: tuple[str, ...]
     codec: str
     dtype: str
+    engine: str
     exactness: Exactness
     digests: bytes
 
@@ -57,7 +61,10 @@ class HiddenEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a bundle holds, from its header alone."""
+    """What a bundle holds, from its header alone.
+
+    Of kind "segment" it is one segment and no context: `tokens` are those of the segment, wherever it starts.
+    """
 
     kind: str
     model: ModelIdentity | None
@@ -70,30 +77,33 @@ class Manifest:
     hidden: HiddenEntry | None
 
 
-def manifest_to_json(context: Context, segments: list[SegmentEntry], hidden: HiddenEntry | None) -> str:
-    """The manifest of a context: deterministic, so equal contexts give equal bytes."""
+def manifest_to_json(manifest: Manifest) -> str:
+    """The manifest as JSON: deterministic, so equal contexts give equal bytes."""
+    hidden = manifest.hidden
     value: dict[str, object] = {
         "avp": VERSION,
-        "kind": context.kind,
-        "model": identity_to_json(context.model) if context.model else None,
-        "tokens": list(context.tokens),
-        "length": context.length,
+        "kind": manifest.kind,
+        "model": identity_to_json(manifest.model) if manifest.model else None,
+        "tokens": list(manifest.tokens),
+        "length": manifest.length,
         "turns": [
-            {"message": dict(turn.message), "opaque": turn.opaque and list(turn.opaque)} for turn in context.turns
+            {"message": dict(turn.message), "opaque": turn.opaque and list(turn.opaque)} for turn in manifest.turns
         ],
-        "template": dict(context.template),
-        "exactness": context.exactness.label,
+        "template": dict(manifest.template),
+        "exactness": manifest.exactness.label,
         "segments": [
             {
                 "start": entry.start,
                 "count": entry.count,
+                "parent": entry.parent,
                 "pages": "".join(entry.pages),
                 "codec": entry.codec,
                 "dtype": entry.dtype,
+                "engine": entry.engine,
                 "exactness": entry.exactness.label,
                 "digests": entry.digests.hex(),
             }
-            for entry in segments
+            for entry in manifest.segments
         ],
         "hidden": hidden and {"dtype": hidden.dtype, "shape": list(hidden.shape), "digest": hidden.digest.hex()},
     }
@@ -164,9 +174,9 @@ def parse_manifest(value: Mapping[str, object], limits: Limits) -> Manifest:
             f"the manifest's fields differ from format {VERSION}: {str(sorted(expected ^ set(value)))[:200]}. {_ASK}"
         )
     kind = value["kind"]
-    if not isinstance(kind, str) or kind not in KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UnsupportedBundle(
-            f"the bundle is of the unknown kind {str(kind)[:80]!r}. Fix: upgrade avp; known are {', '.join(KINDS)}."
+            f"the bundle is of the unknown kind {str(kind)[:80]!r}. Fix: upgrade avp; known are {', '.join(_KINDS)}."
         )
     model = None if value["model"] is None else identity_from_json(value["model"], max_layers=limits.layers)
     tokens = _tokens(value["tokens"], limits)
@@ -174,7 +184,7 @@ def parse_manifest(value: Mapping[str, object], limits: Limits) -> Manifest:
     template = value["template"]
     if not isinstance(template, dict):
         raise BundleError(f"the manifest's template is no object. {_ASK}")
-    segments = _segments(value["segments"], model, tokens[:length])
+    segments = _segments(value["segments"], model, tokens[:length], limits.tokens if kind == "segment" else 0)
     exactness = worst([_exactness(value["exactness"]), _floor(kind, tokens), *(entry.exactness for entry in segments)])
     hidden = _hidden(value["hidden"])
     turns = _turns(value["turns"], len(tokens))
@@ -192,7 +202,9 @@ def _floor(kind: str, tokens: tuple[int, ...]) -> Exactness:
 
 def _check_kind(manifest: Manifest) -> None:
     kind = manifest.kind
-    if kind != "kv" and (manifest.segments or manifest.length):
+    if kind == "segment" and not _is_segment(manifest):
+        raise BundleError(f"a bundle of kind segment holds other things than one segment, or not all of it. {_ASK}")
+    if kind not in ("kv", "segment") and (manifest.segments or manifest.length):
         raise BundleError(f"a bundle of kind {kind} holds KV. {_ASK}")
     if kind == "hidden" and manifest.hidden is None:
         raise BundleError(f"a bundle of kind hidden holds no hidden states. {_ASK}")
@@ -200,6 +212,12 @@ def _check_kind(manifest: Manifest) -> None:
         raise BundleError(f"a bundle of kind {kind} names no model. {_ASK}")
     if kind in ("kv", "tokens") and LATENT in manifest.tokens[manifest.length :]:
         raise BundleError(f"a token that is yet to be computed has no id. {_ASK}")
+
+
+def _is_segment(manifest: Manifest) -> bool:
+    other = manifest.turns or manifest.template or manifest.hidden
+    counts = [entry.count for entry in manifest.segments]
+    return not other and counts == [manifest.length] and manifest.length == len(manifest.tokens)
 
 
 def _tokens(value: object, limits: Limits) -> tuple[int, ...]:
@@ -285,44 +303,62 @@ def _hidden(value: object) -> HiddenEntry | None:
     return HiddenEntry(_dtype(value["dtype"]), shape, digest)
 
 
-def _segments(value: object, model: ModelIdentity | None, tokens: tuple[int, ...]) -> tuple[SegmentEntry, ...]:
-    if not isinstance(value, list) or (value and model is None):
-        raise BundleError(f"the manifest's segments are no list, or belong to no model. {_ASK}")
+def _segments(
+    value: object, model: ModelIdentity | None, tokens: tuple[int, ...], shift: int
+) -> tuple[SegmentEntry, ...]:
+    """The segments; `shift` is 0, or the highest position at which a single segment that holds all `tokens` starts."""
+    if not isinstance(value, list) or (value and model is None) or (shift and len(value) != 1):
+        raise BundleError(f"the manifest's segments are no list, belong to no model, or are not just one. {_ASK}")
     entries: list[SegmentEntry] = []
-    stop, parent = 0, root_page(model) if model is not None else None
+    stop, parent = 0, root_page(model) if model is not None else ""
     for item in value:
-        entry = _segment(item, len(tokens))
+        entry = _segment(item, len(tokens), shift)
         if entry.start < stop:
             raise BundleError(f"the segments overlap or are out of order at position {entry.start}. {_ASK}")
-        parent = _check_pages(entry, tokens, parent if entry.start == stop else None)
-        stop = entry.start + entry.count
+        if not shift and entry.start == stop and entry.parent != parent:
+            raise BundleError(f"the segment at position {stop} does not follow from the page before it. {_ASK}")
+        _check_pages(entry, tokens if shift else tokens[entry.start :])
+        stop, parent = entry.start + entry.count, entry.pages[-1]
         entries.append(entry)
     return tuple(entries)
 
 
-def _segment(item: object, length: int) -> SegmentEntry:
-    fields = {"start", "count", "pages", "codec", "dtype", "exactness", "digests"}
-    if not isinstance(item, dict) or set(item) != fields or not isinstance(item["codec"], str):
-        raise BundleError(f"a segment must have just the fields {', '.join(sorted(fields))}. {_ASK}")
-    start = _int(item["start"], "segment start", 0, length)
-    count = _int(item["count"], "segment count", 1, min(SEGMENT, length - start))
-    pages = _hex(item["pages"], "pages")
-    if start % PAGE or len(pages) != 32 * -(-count // PAGE):
+_FIELDS = {"start", "count", "parent", "pages", "codec", "dtype", "engine", "exactness", "digests"}
+
+
+def _segment(item: object, length: int, shift: int) -> SegmentEntry:
+    if not isinstance(item, dict) or set(item) != _FIELDS:
+        raise BundleError(f"a segment must have just the fields {', '.join(sorted(_FIELDS))}. {_ASK}")
+    if not isinstance(item["codec"], str) or not isinstance(item["engine"], str):
+        raise BundleError(f"a segment's codec or engine is no string. {_ASK}")
+    start = _int(item["start"], "segment start", 0, shift or length)
+    count = _int(item["count"], "segment count", 1, min(SEGMENT, length - (0 if shift else start)))
+    parent, pages = _hex(item["parent"], "parent"), _hex(item["pages"], "pages")
+    if start % PAGE or len(pages) != 32 * -(-count // PAGE) or len(parent) != 32:
         raise BundleError(
             f"a segment's start is no multiple of {PAGE}, or its page ids are not one for each page. {_ASK}"
         )
     ids = tuple(pages[i : i + 32].hex() for i in range(0, len(pages), 32))
-    digests = _hex(item["digests"], "digests")
-    return SegmentEntry(start, count, ids, item["codec"], _dtype(item["dtype"]), _exactness(item["exactness"]), digests)
+    return SegmentEntry(
+        start,
+        count,
+        parent.hex(),
+        ids,
+        item["codec"],
+        _dtype(item["dtype"]),
+        item["engine"],
+        _exactness(item["exactness"]),
+        _hex(item["digests"], "digests"),
+    )
 
 
-def _check_pages(entry: SegmentEntry, tokens: tuple[int, ...], parent: str | None) -> str:
+def _check_pages(entry: SegmentEntry, tokens: tuple[int, ...]) -> None:
     """Page ids follow from token ids: one that does not is a lie. With latent positions it cannot be told."""
-    stop = entry.start + entry.count
+    parent = entry.parent
     for i, page in enumerate(entry.pages):
-        start = entry.start + i * PAGE
-        run = tokens[start : min(start + PAGE, stop)]
-        if parent is not None and LATENT not in run and page_id(parent, run) != page:
-            raise BundleError(f"the id of the page at position {start} does not follow from its token ids. {_ASK}")
+        run = tokens[i * PAGE : min((i + 1) * PAGE, entry.count)]
+        if LATENT not in run and page_id(parent, run) != page:
+            raise BundleError(
+                f"the id of the page at position {entry.start + i * PAGE} does not follow from its token ids. {_ASK}"
+            )
         parent = page
-    return parent or ""

@@ -10,9 +10,10 @@ from avp.buffers import Buffer
 if TYPE_CHECKING:
     import torch
 
-    from avp.context import Context, Exactness
+    from avp.context import Context
     from avp.identity import ModelIdentity
     from avp.receipt import Generation
+    from avp.segment import Exactness
 
 Message: TypeAlias = Mapping[str, object]
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]

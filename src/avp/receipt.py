@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from avp.context import Exactness
+from avp.segment import Exactness
 
 if TYPE_CHECKING:
     from avp.context import Context

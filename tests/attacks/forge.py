@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from avp.bundle import peek, tensor_sizes
-from avp.context import Context, page_id, root_page, text_context
+from avp.context import Context, text_context
 from avp.errors import BundleError
 from avp.identity import identity_from_json
 from avp.manifest import Limits
+from avp.segment import page_id, root_page
 from avp.testing import synthetic_context
 
 # Reading a header takes some bytes for each of its own; never more than this, and never more than this beside.

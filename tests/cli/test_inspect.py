@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 from avp.buffers import Buffer
 from avp.bundle import header_size, pack
 from avp.cli import cli, main
-from avp.context import LATENT, PAGE, Context, Exactness, Turn, text_context
+from avp.context import Context, Turn, text_context
+from avp.segment import LATENT, PAGE, Exactness
 from avp.testing import synthetic_context
 
 AVP = [sys.executable, "-c", "from avp.cli import main; main()"]

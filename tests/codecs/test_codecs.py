@@ -8,9 +8,9 @@ import zstandard
 
 from avp import registry
 from avp.buffers import STORAGE, Buffer
-from avp.context import Exactness
 from avp.errors import BundleError, UsageError
 from avp.protocols import Codec
+from avp.segment import Exactness
 from avp.testing import CodecConformance
 
 

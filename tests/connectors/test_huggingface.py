@@ -25,8 +25,8 @@ import avp
 from avp import registry
 from avp.connectors.huggingface import HuggingFaceConnector
 from avp.connectors.layout import cache_layout
-from avp.context import LATENT, Exactness
 from avp.errors import ContextTooLong, IdentityMismatch, ModelNotFound, UnsupportedCache, UsageError
+from avp.segment import LATENT, Exactness
 from avp.testing.tiny import FAMILIES, tiny_connector, tiny_model, tiny_tokenizer
 
 PLAN = "Plan the work: 12 apples and 7 pears."

@@ -17,8 +17,9 @@ from blake3 import blake3
 
 from avp.buffers import Buffer
 from avp.bundle import header_size
-from avp.context import LATENT, Context, Exactness, Turn, cut_segments, text_context
+from avp.context import Context, Turn, text_context
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity
+from avp.segment import LATENT, Exactness, cut_segments
 from avp.testing import synthetic_context
 
 HERE = Path(__file__).parent
@@ -48,7 +49,7 @@ def _grade(ids: Sequence[int]) -> Callable[[int], Exactness]:
 def _counting(
     ids: Sequence[int], pending: Sequence[int], turns: tuple[Turn, ...], template: Mapping[str, object]
 ) -> Context:
-    segments = cut_segments(MODEL, ids, dtype="float32", tensors=_Counting, grade=_grade(ids))
+    segments = cut_segments(MODEL, ids, dtype="float32", engine="golden", tensors=_Counting, grade=_grade(ids))
     return Context("kv", MODEL, (*ids, *pending), len(ids), turns, template, segments, None, _grade(ids)(len(ids)))
 
 

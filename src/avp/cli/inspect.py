@@ -19,9 +19,9 @@ from rich.text import Text
 
 from avp.bundle import Manifest, header_size, peek, tensor_sizes
 from avp.cli.token_text import TokenText, token_text
-from avp.context import LATENT
 from avp.errors import BundleError, TruncatedBundle, UsageError
 from avp.manifest import VERSION
+from avp.segment import LATENT
 
 _CHUNK = 1 << 20
 _STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, line and paragraph separators

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from avp.bundle import Manifest
 from avp.connectors import models
-from avp.context import LATENT
 from avp.errors import UsageError
 from avp.registry import missing_extra
+from avp.segment import LATENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

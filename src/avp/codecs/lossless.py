@@ -18,9 +18,9 @@ import numpy as np
 import zstandard
 
 from avp.buffers import STORAGE, Buffer, itemsize
-from avp.context import Exactness
 from avp.errors import BundleError, UsageError
 from avp.protocols import Codec
+from avp.segment import Exactness
 
 _WORDS: Mapping[str, np.dtype[np.unsignedinteger]] = {
     "float32": np.dtype("<u4"),

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from avp.buffers import Buffer
-from avp.context import Exactness
 from avp.protocols import Codec
+from avp.segment import Exactness
 
 
 @dataclass(frozen=True, slots=True)

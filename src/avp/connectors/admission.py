@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from avp.context import LATENT, Context, Exactness, Turn
+from avp.context import Context, Turn
 from avp.errors import IdentityMismatch, UsageError
 from avp.identity import ModelIdentity
+from avp.segment import LATENT, Exactness
 
 
 def admit(

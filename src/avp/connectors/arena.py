@@ -9,15 +9,13 @@ A device that cannot map copies the prefix once for each such run; `copied` coun
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 import threading
 from dataclasses import dataclass
 
 import torch
 
 from avp.identity import CacheLayout
+from avp.shared import MemoryFile
 
 SLACK = 8192  # positions of address space behind the prefix; memory is taken only when it is written
 
@@ -40,7 +38,7 @@ class Shape:
 class Arena:
     """See the module. Made by `Arena.empty` and `continue_from`; a `Snapshot` names its first positions."""
 
-    def __init__(self, shape: Shape, capacity: int, memory: torch.Tensor, file: _File | None) -> None:
+    def __init__(self, shape: Shape, capacity: int, memory: torch.Tensor, file: MemoryFile | None) -> None:
         self.shape = shape
         self.capacity = capacity
         self.used = 0
@@ -58,8 +56,15 @@ class Arena:
         size = shape.nbytes(capacity)
         if shape.device.type != "cpu":
             return cls(shape, capacity, torch.empty(size, dtype=torch.uint8, device=shape.device), None)
-        file = _File(size)
-        return cls(shape, capacity, file.map(shared=True), file)
+        file = MemoryFile.create(size)
+        return cls(shape, capacity, _map(file, shared=True), file)
+
+    @classmethod
+    def adopt(cls, shape: Shape, file: MemoryFile, capacity: int, length: int) -> Arena:
+        """The first `length` positions of an arena that somebody else owns and writes on; every run over it forks."""
+        arena = cls(shape, capacity, _map(file, shared=False), file)
+        arena.used, arena._busy = length, True
+        return arena
 
     def claim(self, length: int) -> bool:
         """Whether the caller may write on in place at `length`; if so, `release` must follow."""
@@ -80,7 +85,7 @@ class Arena:
         maps.
         """
         if self.file is not None:
-            fork = Arena(self.shape, self.capacity, self.file.map(shared=False), None)
+            fork = Arena(self.shape, self.capacity, _map(self.file, shared=False), None)
         elif self.shape.device.type == "cpu":
             return self._shared_twin(length).fork(length)
         else:
@@ -108,27 +113,10 @@ class Arena:
         self.copied += self.shape.nbytes(length)
 
 
-class _File:
-    """A sparse file in RAM, unlinked; closed when no arena needs it to fork from."""
-
-    def __init__(self, size: int) -> None:
-        self._size = max(size, 1)
-        if sys.platform == "linux":
-            self._fd = os.memfd_create("avp-kv", os.MFD_CLOEXEC)
-            self._path = f"/proc/self/fd/{self._fd}"
-        else:
-            self._fd, self._path = tempfile.mkstemp(prefix="avp-kv-")
-        os.ftruncate(self._fd, self._size)
-
-    def map(self, *, shared: bool) -> torch.Tensor:
-        """The file as bytes; private unless `shared`."""
-        storage = torch.UntypedStorage.from_file(self._path, shared, self._size)
-        return torch.tensor([], dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
-
-    def __del__(self) -> None:
-        os.close(self._fd)
-        if sys.platform != "linux":
-            os.unlink(self._path)
+def _map(file: MemoryFile, *, shared: bool) -> torch.Tensor:
+    """A memory file as bytes; private unless `shared`."""
+    storage = torch.UntypedStorage.from_file(file.path, shared, file.size)
+    return torch.tensor([], dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
 
 
 def _views(shape: Shape, capacity: int, memory: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

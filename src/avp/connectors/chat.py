@@ -15,9 +15,10 @@ from typing import cast
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from avp.context import LATENT, Context, Turn
+from avp.context import Context, Turn
 from avp.errors import UsageError
 from avp.protocols import Message, Prompt
+from avp.segment import LATENT
 
 # Stands in the rendered text for positions that no text stands for; private-use characters, so no tokenizer merges it.
 _MARK = "\ue0a5avp-opaque\ue0a5"

@@ -30,11 +30,12 @@ from avp.connectors.layout import cache_layout
 from avp.connectors.sampling import Sampling, Stream, eos_ids, run_generate
 from avp.connectors.state import from_segments, make_context, to_buffer, to_tensor
 from avp.connectors.weights import tokenizer_fingerprint, weights_fingerprint
-from avp.context import LATENT, Context, Exactness
+from avp.context import Context
 from avp.errors import ContextTooLong, UsageError
 from avp.identity import ModelIdentity
 from avp.protocols import Prompt, Step
 from avp.receipt import Generation, Receipt, Usage
+from avp.segment import LATENT, Exactness
 
 
 class HuggingFaceConnector:

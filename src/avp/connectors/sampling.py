@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from avp.connectors.cache import RunCache
-from avp.context import LATENT
 from avp.errors import UsageError
 from avp.receipt import Generation
+from avp.segment import LATENT
 
 _SEEDED = threading.Lock()  # torch has one generator; a seeded run has it alone
 

@@ -12,10 +12,14 @@ import torch
 from avp.buffers import Buffer
 from avp.connectors.arena import SLACK, Arena, Shape, Snapshot
 from avp.connectors.chat import Plan
-from avp.context import LATENT, Context, Exactness, Segment, cut_segments, worst
+from avp.context import Context
 from avp.errors import UsageError
 from avp.identity import ModelIdentity
+from avp.protocols import Tensors
+from avp.segment import LATENT, Exactness, Want, cut_segments, worst
+from avp.shared import SharedTensors
 
+ENGINE = "transformers"
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,6 +51,14 @@ class ArenaTensors:
         return to_buffer(rows[0, :, self.start : self.stop])
 
 
+def _tensors(arena: Arena, start: int, stop: int) -> Tensors:
+    """Positions of an arena, in such a form that another process can map them where that is possible."""
+    if arena.file is None:
+        return ArenaTensors(arena, start, stop)
+    dtype = dtype_name(arena.shape.dtype)
+    return SharedTensors.of(arena.file, arena.shape.layout, dtype, arena.capacity, start, stop)
+
+
 def to_buffer(tensor: torch.Tensor) -> Buffer:
     """A tensor as a buffer; a view if it is on the CPU."""
     host = tensor.detach().cpu()
@@ -71,7 +83,8 @@ def make_context(
         identity,
         plan.ids[:length],
         dtype=dtype_name(arena.shape.dtype),
-        tensors=lambda start, stop: ArenaTensors(arena, start, stop),
+        engine=ENGINE,
+        tensors=lambda start, stop: _tensors(arena, start, stop),
         grade=_grades(plan, base, dtype_name(arena.shape.dtype)),
     )
     exactness = worst(segment.exactness for segment in segments)
@@ -82,17 +95,13 @@ def _grades(plan: Plan, base: Context | None, dtype: str) -> Callable[[int], Exa
     """Exactness up to a position: that of the base where it was reused, and no better behind latent positions."""
     latent = next((i for i, token in enumerate(plan.ids) if token == LATENT), len(plan.ids))
     old = base.segments if base is not None and plan.reuse else ()
+    want = Want(ENGINE, dtype)
 
     def grade(stop: int) -> Exactness:
-        parts = [here(segment, dtype) for segment in old if segment.start < min(stop, plan.reuse)]
+        parts = [want.grade(segment) for segment in old if segment.start < min(stop, plan.reuse)]
         return worst([*parts, Exactness.APPROXIMATE if latent < stop else Exactness.EXACT])
 
     return grade
-
-
-def here(segment: Segment, dtype: str) -> Exactness:
-    """The class of a segment in a cache of `dtype`: KV of another dtype is cast, and then no longer the sender's."""
-    return segment.exactness if segment.dtype == dtype else worst([segment.exactness, Exactness.BOUNDED])
 
 
 def from_segments(context: Context, shape: Shape) -> Snapshot:
@@ -108,6 +117,9 @@ def from_segments(context: Context, shape: Shape) -> Snapshot:
         covered = segment.stop
     if covered != len(context):
         raise UsageError(f"the context lacks the KV from position {covered} on. Fix: fetch the missing segments first.")
+    adopted = _adopt(context, shape)
+    if adopted is not None:
+        return adopted
     arena = Arena.empty(shape, len(context) + SLACK)
 
     def fill_layer(layer: int) -> None:
@@ -120,6 +132,22 @@ def from_segments(context: Context, shape: Shape) -> Snapshot:
         list(pool.map(fill_layer, range(len(shape.layout.layers))))
     arena.used = len(context)
     return Snapshot(arena, len(context))
+
+
+def _adopt(context: Context, shape: Shape) -> Snapshot | None:
+    """The arena in which all segments already lie, if there is one and this process can map it; nothing is copied."""
+    first = context.segments[0].tensors if context.segments else None
+    if not isinstance(first, SharedTensors) or shape.device.type != "cpu":
+        return None
+    if (first.layout, first.dtype) != (shape.layout, dtype_name(shape.dtype)):
+        return None
+    for segment in context.segments:
+        tensors = segment.tensors
+        if not isinstance(tensors, SharedTensors) or tensors.file is not first.file:
+            return None
+        if (tensors.capacity, tensors.start, tensors.stop) != (first.capacity, segment.start, segment.stop):
+            return None
+    return Snapshot(Arena.adopt(shape, first.file, first.capacity, len(context)), len(context))
 
 
 def _fill(rows: torch.Tensor, buffer: Buffer) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from avp.buffers import STORAGE, Buffer, itemsize
-from avp.context import Exactness
 from avp.errors import AVPError, BundleError, UsageError
 from avp.protocols import Codec
+from avp.segment import Exactness
 
 # One bit pattern each: zeros, least and greatest denormal, one, greatest finite, infinities, quiet and signalling NaN.
 _SPECIAL: Mapping[str, Sequence[int]] = {

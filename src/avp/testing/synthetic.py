@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from avp.buffers import Buffer
-from avp.context import Context, Exactness, Turn, cut_segments
+from avp.context import Context, Turn
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity
+from avp.segment import Exactness, cut_segments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +41,7 @@ def synthetic_context(
         model,
         ids,
         dtype=dtype,
+        engine="synthetic",
         tensors=lambda start, stop: _Slice(dtype, arrays[:layers], arrays[layers:], start, stop),
         grade=lambda _stop: Exactness.EXACT,
     )

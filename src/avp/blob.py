@@ -1,0 +1,193 @@
+"""Blob: a segment in the form in which it travels and is stored, a bundle of kind "segment"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from avp import registry
+from avp.bundle import (
+    bundle_size,
+    digest_of,
+    encode_segment,
+    header_size,
+    make_header,
+    read,
+    to_segment,
+    verify_segment,
+)
+from avp.context import Context
+from avp.errors import BundleError, DigestMismatch
+from avp.identity import ModelIdentity
+from avp.manifest import Limits, Manifest, SegmentEntry
+from avp.segment import Segment
+from avp.shared import SharedTensors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blob:
+    """A segment, its entry in the manifest, and the runs of bytes whose concatenation is the bundle."""
+
+    model: ModelIdentity
+    entry: SegmentEntry
+    segment: Segment
+    runs: tuple[memoryview, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bundle."""
+        return sum(map(len, self.runs))
+
+    @property
+    def header(self) -> memoryview:
+        """The bundle up to its first tensor."""
+        return self.runs[0][: header_size(self.runs[0][:8], limits=_ANY)]
+
+    def verify(self) -> Blob:
+        """Itself, if every digest is right.
+
+        Raises:
+            DigestMismatch: the bytes are not those that were written.
+        """
+        if isinstance(self.segment.tensors, SharedTensors):
+            _verify_shared(self.segment.tensors, self.entry)
+        else:
+            verify_segment(self.segment)
+        return self
+
+
+_ANY = Limits(header=2**62)
+
+
+def seal(model: ModelIdentity, segment: Segment, *, codec: str = "raw") -> Blob:
+    """The blob of a segment; with the raw codec its runs are views of the segment's own memory.
+
+    Raises:
+        UsageError: no such codec, or it does not take this dtype.
+    """
+    entry, named = encode_segment(segment, len(model.layout.layers), registry.codec(codec))
+    header = make_header(_manifest(model, segment, entry), [(f"0{name}", buffer) for name, buffer in named])
+    return Blob(model, entry, segment, (memoryview(header), *(run for _, buffer in named for run in buffer.runs())))
+
+
+def _manifest(model: ModelIdentity, segment: Segment, entry: SegmentEntry) -> Manifest:
+    return Manifest("segment", model, segment.tokens, len(segment), (), {}, entry.exactness, (entry,), None)
+
+
+def open_bundle(data: bytes | bytearray | memoryview, *, limits: Limits) -> Blob | Context:
+    """What a whole bundle is: a blob, whose tensors are not checked yet, or a context, all of it checked.
+
+    Raises:
+        BundleError: see `avp.bundle.unpack`.
+    """
+    manifest, segments, _ = read(data, limits=limits)
+    if manifest.kind != "segment":
+        return Context.from_bytes(data, limits=limits)
+    if manifest.model is None:
+        raise BundleError("a segment names no model. Fix: ask the sender for a valid bundle.")
+    return Blob(manifest.model, manifest.segments[0], segments[0], (memoryview(data).toreadonly().cast("B"),))
+
+
+def open_blob(data: bytes | bytearray | memoryview, *, limits: Limits) -> Blob:
+    """As `open_bundle`, where only a blob will do."""
+    found = open_bundle(data, limits=limits)
+    if isinstance(found, Context):
+        raise BundleError(f"a context of kind {found.kind} came where a segment was due. Fix: send segments.")
+    return found
+
+
+def open_shared(header: bytes | memoryview, tensors: SharedTensors, *, limits: Limits) -> Blob:
+    """A blob whose header came as bytes and whose tensors lie in shared memory, raw.
+
+    Raises:
+        BundleError: the header does not describe those tensors.
+    """
+    from avp.bundle import peek
+
+    manifest = peek(header, limits=limits)
+    if manifest.kind != "segment" or manifest.model is None:
+        raise BundleError("the header that came with shared memory is none of a segment. Fix: send a segment.")
+    entry = manifest.segments[0]
+    shared = (entry.codec, entry.dtype, manifest.model.layout, entry.count)
+    if shared != ("raw", tensors.dtype, tensors.layout, tensors.stop - tensors.start):
+        raise BundleError("the header that came with shared memory describes other tensors. Fix: send a valid header.")
+    segment = to_segment(entry, manifest.tokens, tensors)
+    runs = tuple(
+        run
+        for layer in range(len(tensors.layout.layers))
+        for part in ("k", "v")
+        for run in tensors.read(layer, part).runs()
+    )
+    return Blob(manifest.model, entry, segment, (memoryview(header).toreadonly(), *runs))
+
+
+def _verify_shared(tensors: SharedTensors, entry: SegmentEntry) -> None:
+    names = [(layer, part) for layer in range(len(tensors.layout.layers)) for part in ("k", "v")]
+    for index, (layer, part) in enumerate(names):
+        if digest_of(tensors.read(layer, part)) != entry.digests[16 * index : 16 * index + 16]:
+            raise DigestMismatch(
+                f"{'K' if part == 'k' else 'V'} of layer {layer} in shared memory is not what was written "
+                "(xxh3-128 differs). Nothing of it was used. Fix: hand the context over again."
+            )
+
+
+class BundleReader:
+    """Bundles out of a stream of bytes that comes in pieces of any size; nothing is allocated before it is checked."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._head = bytearray()
+        self._memory: memoryview | None = None  # the whole bundle, once its size is known
+        self._filled = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether the stream stands between two bundles."""
+        return not self._head and self._memory is None
+
+    def feed(self, piece: memoryview) -> tuple[memoryview | None, memoryview]:
+        """Take what belongs to the current bundle; the bundle if it is complete now, and the rest of the piece.
+
+        Raises:
+            BundleError: the header is not valid, or asks for more than the limits allow.
+        """
+        if self._memory is None:
+            piece = self._read_head(piece)
+        if self._memory is None:
+            return None, piece
+        count = min(len(piece), len(self._memory) - self._filled)
+        self._memory[self._filled : self._filled + count] = piece[:count]
+        self._filled += count
+        if self._filled < len(self._memory):
+            return None, piece[count:]
+        done, self._memory, self._filled = self._memory, None, 0
+        return done, piece[count:]
+
+    def _read_head(self, piece: memoryview) -> memoryview:
+        for _ in range(2):  # first the eight bytes of the header's length, then the header
+            need = 8 if len(self._head) < 8 else header_size(self._head, limits=self._limits)
+            taken = max(need - len(self._head), 0)
+            self._head += piece[:taken]
+            piece = piece[taken:]
+            if len(self._head) < need:
+                return piece
+        size = bundle_size(self._head, limits=self._limits)
+        self._memory = memoryview(np.empty(size, np.uint8)).cast("B")  # type: ignore[arg-type]
+        self._memory[: len(self._head)] = self._head
+        self._filled = len(self._head)
+        self._head = bytearray()
+        return piece
+
+
+def seal_all(model: ModelIdentity, segments: Sequence[Segment], *, codec: str) -> Iterator[Blob]:
+    """The blobs of segments in order; the next one is made while the caller is busy with this one."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(seal, model, segment, codec=codec) for segment in segments[:1]]
+        for following in [*segments[1:], None]:
+            blob = ahead.pop().result()
+            if following is not None:
+                ahead.append(pool.submit(seal, model, following, codec=codec))
+            yield blob

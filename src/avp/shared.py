@@ -1,0 +1,96 @@
+"""KV in memory that another process can map: a file in RAM, laid out as one arena.
+
+K and V of a layer are [kv_heads, capacity, head_dim], K before V, layer by layer, without gaps. Positions that were
+written never change.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from avp.buffers import STORAGE, Buffer, itemsize
+from avp.identity import CacheLayout
+
+
+class MemoryFile:
+    """A sparse file in RAM without a name; it lives as long as anything maps it."""
+
+    def __init__(self, fd: int, size: int, path: str) -> None:
+        self.fd, self.size, self.path = fd, size, path
+
+    @classmethod
+    def create(cls, size: int) -> MemoryFile:
+        """A new one of `size` bytes, all zero; memory is taken only when it is written."""
+        size = max(size, 1)
+        if sys.platform == "linux":
+            fd = os.memfd_create("avp-kv", os.MFD_CLOEXEC)
+            path = f"/proc/self/fd/{fd}"
+        else:
+            fd, path = tempfile.mkstemp(prefix="avp-kv-")
+        os.ftruncate(fd, size)
+        return cls(fd, size, path)
+
+    @classmethod
+    def adopt(cls, fd: int) -> MemoryFile:
+        """One that another process made; the descriptor is ours from here on."""
+        return cls(fd, os.fstat(fd).st_size, f"/proc/self/fd/{fd}")
+
+    @cached_property
+    def view(self) -> memoryview:
+        """The bytes, read-only, mapped."""
+        return memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+        if not self.path.startswith("/proc/"):
+            os.unlink(self.path)
+
+
+def arena_offsets(layout: CacheLayout, dtype: str, capacity: int) -> Iterator[tuple[int, int]]:
+    """Byte offsets of K and of V, layer by layer."""
+    offset = 0
+    for layer in layout.layers:
+        size = layer.kv_heads * capacity * layer.head_dim * itemsize(dtype)
+        yield offset, offset + size
+        offset += 2 * size
+
+
+def arena_bytes(layout: CacheLayout, dtype: str, capacity: int) -> int:
+    """Bytes of an arena of `capacity` positions."""
+    return capacity * layout.bytes_per_token(dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedTensors:
+    """The KV of the positions [start, stop) of an arena in a memory file; read in place."""
+
+    file: MemoryFile
+    layout: CacheLayout
+    dtype: str
+    capacity: int
+    start: int
+    stop: int
+    offsets: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(
+        cls, file: MemoryFile, layout: CacheLayout, dtype: str, capacity: int, start: int, stop: int
+    ) -> SharedTensors:
+        """The positions [start, stop) of the arena in `file`."""
+        return cls(file, layout, dtype, capacity, start, stop, tuple(arena_offsets(layout, dtype, capacity)))
+
+    def read(self, layer: int, part: str) -> Buffer:
+        """K or V of a layer, [kv_heads, stop - start, head_dim], a view."""
+        heads, dim = self.layout.layers[layer].kv_heads, self.layout.layers[layer].head_dim
+        shape = (heads, self.capacity, dim)
+        offset = self.offsets[layer][part == "v"]
+        rows = np.ndarray(shape, dtype=STORAGE[self.dtype], buffer=self.file.view, offset=offset)
+        return Buffer(self.dtype, rows[:, self.start : self.stop])
