@@ -8,6 +8,14 @@ AVPError
 ├── IdentityMismatch      the state belongs to other weights
 ├── UnsupportedCache      the model's cache is of a kind that AVP does not carry
 ├── ContextTooLong        the prompt does not fit the model's context
+├── NoAgreement           two agents have no way to hand over that both accept
+├── HandleExpired         a handle that is unknown here, expired, revoked or evicted
+├── SegmentMissing        a store does not hold the KV that was asked for
+├── StoreFailed           a store cannot be opened, read or written
+├── AccessDenied          no token, a wrong one, or a certificate that is not trusted
+├── Busy                  too much at once; try again after `retry_after` seconds
+├── ConnectionFailed      the other end cannot be reached, broke off, or answers nonsense
+│   └── TimedOut          it did not answer in time
 └── BundleError           bytes that are not a valid bundle
     ├── TruncatedBundle   they end too early
     ├── LimitExceeded     they ask for more than the reader's Limits allow
@@ -47,6 +55,42 @@ class UnsupportedCache(AVPError):
 
 class ContextTooLong(AVPError):
     """The context and the prompt together exceed the positions that the model was made for."""
+
+
+class NoAgreement(AVPError):
+    """Two agents have no way to hand over that both accept; the message holds the reason for each mode."""
+
+
+class HandleExpired(AVPError, LookupError):
+    """The handle is unknown here: expired, revoked, evicted, or another tenant's."""
+
+
+class SegmentMissing(AVPError, LookupError):
+    """A store does not hold the KV that was asked for, or no longer."""
+
+
+class StoreFailed(AVPError, OSError):
+    """A store cannot be opened, read or written."""
+
+
+class AccessDenied(AVPError, PermissionError):
+    """No token, a wrong one, or a certificate that is not trusted."""
+
+
+class Busy(AVPError):
+    """The other end has too much to do, or no room; nothing was done. Try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ConnectionFailed(AVPError, ConnectionError):
+    """The other end cannot be reached, broke off in the middle, or does not speak this protocol."""
+
+
+class TimedOut(ConnectionFailed, TimeoutError):
+    """The other end did not answer in time; what it did of the call is not known."""
 
 
 class BundleError(AVPError, ValueError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from avp.buffers import Buffer
@@ -10,10 +12,13 @@ from avp.buffers import Buffer
 if TYPE_CHECKING:
     import torch
 
+    from avp.blob import Blob
     from avp.context import Context
     from avp.identity import ModelIdentity
+    from avp.manifest import Limits
     from avp.receipt import Generation
-    from avp.segment import Exactness
+    from avp.security import Caller, Security
+    from avp.segment import Exactness, Want
 
 Message: TypeAlias = Mapping[str, object]
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
@@ -130,4 +135,156 @@ class Connector(Protocol):
 
     def stream(self, prompt: Prompt, *, context: Context | None = None, max_new_tokens: int = 512) -> Iterator[str]:
         """The same, piece by piece."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSegment:
+    """What a store says of one segment that it holds; times are seconds since the epoch."""
+
+    tenant: str
+    page: str  # id of its last page
+    start: int
+    count: int
+    dtype: str
+    engine: str
+    exactness: Exactness
+    codec: str
+    nbytes: int
+    created: float
+    used: float
+
+
+class Store(Protocol):
+    """Segments by tenant and page id; of one page it may hold several: by dtype, engine and exactness.
+
+    Threads, and for all but memory processes, may use one store at once. A segment is found by each of its pages.
+    """
+
+    def put(self, blob: Blob, *, tenant: str) -> None:
+        """Keep a segment whose digests were verified; once this returns, it is not lost by the end of the process.
+
+        Raises:
+            StoreFailed: it could not be written, or is larger than the store's budget.
+        """
+        ...
+
+    def have(self, pages: Sequence[str], *, tenant: str, want: Want) -> list[bool]:
+        """For each page, whether KV that will do is here."""
+        ...
+
+    def get(self, page: str, *, tenant: str, want: Want) -> Blob:
+        """The segment that holds the page; of several the best by exactness, then the one with most pages from there.
+
+        Raises:
+            SegmentMissing: there is none that will do. BundleError: what was stored is damaged.
+        """
+        ...
+
+    def entries(self, *, tenant: str | None = None) -> Iterator[StoredSegment]:
+        """What is here, most lately used first; of all tenants where None."""
+        ...
+
+    def remove(self, page: str, *, tenant: str) -> int:
+        """Forget every segment that holds the page; how many there were."""
+        ...
+
+    def collect(self) -> int:
+        """Forget what is expired, unreadable or over the budget, least lately used first; bytes that became free."""
+        ...
+
+    def verify(self) -> Iterator[StoredSegment]:
+        """Read all of it; the segments that are damaged."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+        ...
+
+
+Event: TypeAlias = Mapping[str, object]  # small, JSON
+Item: TypeAlias = "Event | Blob | Context"  # what a call carries, both ways; a context comes without its segments
+
+
+class Endpoint(Protocol):
+    """The far end of a call: what an agent answers, whatever the transport."""
+
+    @property
+    def limits(self) -> Limits:
+        """What may be read from a caller."""
+        ...
+
+    def admit(self, token: str | None, *, address: str) -> Caller:
+        """Who calls.
+
+        Raises:
+            AccessDenied: nobody that may.
+        """
+        ...
+
+    def answer(self, verb: str, items: AsyncIterator[Item], *, caller: Caller) -> AsyncIterator[Item]:
+        """Carry out `verb` on what the caller sends; `items` is read no faster than it is used.
+
+        Raises:
+            AVPError: before the first item, it is the whole answer; later, the answer ends with it.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class Meter:
+    """Bytes that a call put on its socket and took from it, headers included."""
+
+    sent: int = 0
+    received: int = 0
+
+
+class Channel(Protocol):
+    """The near end of a call. Used in one event loop; calls may run side by side."""
+
+    def call(
+        self, verb: str, items: AsyncIterable[Item], *, meter: Meter
+    ) -> AbstractAsyncContextManager[AsyncIterator[Item]]:
+        """Send the verb and the items; what the far end answers. Leaving the block early ends the call at both ends.
+
+        Raises:
+            AVPError: what the far end raised. ConnectionFailed: it could not be reached or broke off.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End all connections."""
+        ...
+
+
+class Listener(Protocol):
+    """An endpoint that is being served."""
+
+    @property
+    def url(self) -> str:
+        """Where, with the port that was chosen for 0."""
+        ...
+
+    async def close(self) -> None:
+        """Take no more calls, let those under way end (a few seconds), then end them."""
+        ...
+
+
+class Transport(Protocol):
+    """Puts an endpoint at a distance; one URL scheme each."""
+
+    def connect(self, url: str, *, security: Security) -> Channel:
+        """The near end; nothing is sent before the first call.
+
+        Raises:
+            UsageError: the URL is none of this transport's.
+        """
+        ...
+
+    async def serve(self, endpoint: Endpoint, url: str, *, security: Security) -> Listener:
+        """Listen at the URL.
+
+        Raises:
+            UsageError: not an address of this machine, or beyond loopback without authentication.
+        """
         ...
