@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +13,7 @@ from avp.bundle import (
     encode_segment,
     header_size,
     make_header,
+    peek,
     read,
     to_segment,
     verify_segment,
@@ -52,7 +51,7 @@ class Blob:
         Raises:
             DigestMismatch: the bytes are not those that were written.
         """
-        if isinstance(self.segment.tensors, SharedTensors):
+        if self.entry.codec == "raw" and isinstance(self.segment.tensors, SharedTensors):
             _verify_shared(self.segment.tensors, self.entry)
         else:
             verify_segment(self.segment)
@@ -105,15 +104,17 @@ def open_shared(header: bytes | memoryview, tensors: SharedTensors, *, limits: L
     Raises:
         BundleError: the header does not describe those tensors.
     """
-    from avp.bundle import peek
-
     manifest = peek(header, limits=limits)
+    if len(header) != header_size(header, limits=limits):
+        raise BundleError("bytes follow the header that came with shared memory. Fix: send the header alone.")
     if manifest.kind != "segment" or manifest.model is None:
         raise BundleError("the header that came with shared memory is none of a segment. Fix: send a segment.")
     entry = manifest.segments[0]
     shared = (entry.codec, entry.dtype, manifest.model.layout, entry.count)
     if shared != ("raw", tensors.dtype, tensors.layout, tensors.stop - tensors.start):
         raise BundleError("the header that came with shared memory describes other tensors. Fix: send a valid header.")
+    if not tensors.fits:
+        raise BundleError("the shared memory is smaller than what it is said to hold. Fix: send all of the arena.")
     segment = to_segment(entry, manifest.tokens, tensors)
     runs = tuple(
         run
@@ -180,14 +181,3 @@ class BundleReader:
         self._filled = len(self._head)
         self._head = bytearray()
         return piece
-
-
-def seal_all(model: ModelIdentity, segments: Sequence[Segment], *, codec: str) -> Iterator[Blob]:
-    """The blobs of segments in order; the next one is made while the caller is busy with this one."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(seal, model, segment, codec=codec) for segment in segments[:1]]
-        for following in [*segments[1:], None]:
-            blob = ahead.pop().result()
-            if following is not None:
-                ahead.append(pool.submit(seal, model, following, codec=codec))
-            yield blob

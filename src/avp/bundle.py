@@ -47,8 +47,13 @@ _ALIGN = 64  # the header is padded so that tensors start on a cache line
 
 def pack(context: Context, *, codec: str = "raw") -> bytes:
     """The context as one blob; the KV is copied once, into the result. Raises as `Context.to_bytes`."""
+    return b"".join(pack_runs(context, codec=codec))
+
+
+def pack_runs(context: Context, *, codec: str = "raw") -> tuple[bytes | memoryview, ...]:
+    """The same bytes in runs; with the raw codec none of the KV is copied."""
     header, tensors = _lay_out(context, codec)
-    return b"".join([header, *(run for tensor in tensors for run in tensor.runs())])
+    return (header, *(run for tensor in tensors for run in tensor.runs()))
 
 
 def write(context: Context, path: str | os.PathLike[str], *, codec: str = "raw") -> int:

@@ -113,6 +113,23 @@ class Projection(Protocol):
         ...
 
 
+class TextStream(Protocol):
+    """A generation as it comes."""
+
+    def __iter__(self) -> Iterator[str]:
+        """The pieces of text."""
+        ...
+
+    @property
+    def result(self) -> Generation:
+        """The whole; waits for its end."""
+        ...
+
+    def close(self) -> None:
+        """End the run early."""
+        ...
+
+
 class Connector(Protocol):
     """Our adapter to an engine; the laws it obeys are in `avp.testing.ConnectorConformance`."""
 
@@ -121,19 +138,60 @@ class Connector(Protocol):
         """What the engine runs."""
         ...
 
+    @property
+    def engine(self) -> str:
+        """Name of the engine, as segments carry it: "transformers", …"""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of its cache: "float32", …"""
+        ...
+
+    @property
+    def max_positions(self) -> int:
+        """The longest context that the model was made for."""
+        ...
+
+    def vocabulary(self) -> Sequence[str]:
+        """The tokens as the tokenizer spells them, by id; an id without a token is ""."""
+        ...
+
     def prefill(self, prompt: Prompt, *, context: Context | None = None) -> Context:
         """The context after the prompt; computes only what is new."""
+        ...
+
+    def prefill_steps(self, prompt: Prompt, *, context: Context | None = None) -> Iterator[Context]:
+        """As `prefill`, a segment at a time: growing contexts, the last one the whole. The first computes nothing: of
+        its tokens, those after `len` are what is to be computed.
+        """
         ...
 
     def think(self, prompt: Prompt, *, steps: int = 20, context: Context | None = None) -> Context:
         """The context after the prompt and `steps` latent positions."""
         ...
 
-    def generate(self, prompt: Prompt, *, context: Context | None = None, max_new_tokens: int = 512) -> Generation:
+    def generate(
+        self, prompt: Prompt = "", *, context: Context | None = None, max_new_tokens: int = 512, accept: str = "exact"
+    ) -> Generation:
         """Text after the context and the prompt."""
         ...
 
-    def stream(self, prompt: Prompt, *, context: Context | None = None, max_new_tokens: int = 512) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt = "",
+        *,
+        context: Context | None = None,
+        max_new_tokens: int = 512,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        accept: str = "exact",
+    ) -> TextStream:
         """The same, piece by piece."""
         ...
 

@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from avp.buffers import Buffer
 from avp.errors import UsageError
+from avp.shared import SharedTensors
 
 if TYPE_CHECKING:
     from avp.identity import ModelIdentity
@@ -108,8 +109,13 @@ class Segment:
         """The positions [start, stop) of it; `start` is a multiple of 32. A page that lost positions has another id.
 
         Raises:
-            UsageError: a page of latent positions would be divided.
+            UsageError: the positions are not in it, or a page of latent positions would be divided.
         """
+        if start % PAGE or not self.start <= start < stop <= self.stop:
+            raise UsageError(
+                f"positions {start} to {stop} cannot be cut from a segment of {self.start} to {self.stop}. "
+                f"Fix: stay within it, and start at a multiple of {PAGE}."
+            )
         if (start, stop) == (self.start, self.stop):
             return self
         first, count = (start - self.start) // PAGE, stop - self.start
@@ -122,7 +128,7 @@ class Segment:
                     "a page of latent positions has one id and cannot be cut. Fix: cut at a multiple of 32."
                 )
             pages = (*pages[:-1], page_id(pages[-2] if len(pages) > 1 else parent, run))
-        tensors = _Cut(self.tensors, start - self.start, count)
+        tensors = _cut(self.tensors, start - self.start, count)
         return replace(
             self,
             start=start,
@@ -131,6 +137,12 @@ class Segment:
             pages=pages,
             tensors=tensors,
         )
+
+
+def _cut(tensors: Tensors, start: int, stop: int) -> Tensors:
+    if isinstance(tensors, SharedTensors):  # stays such: another process can map it
+        return replace(tensors, start=tensors.start + start, stop=tensors.start + stop)
+    return _Cut(tensors, start, stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,241 @@
+"""Delta: what of a context the other end lacks, cut into segments to send; and a context again out of segments.
+
+The sender names a context by its tokens (an `Outline`); both ends know its page ids from that, so that asking what is
+there costs no KV. Only pages of latent positions, which have no ids to tell them by, are named by the sender.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from avp.blob import Blob
+from avp.context import Context, Turn
+from avp.errors import BundleError, UsageError
+from avp.protocols import Event, Store
+from avp.segment import LATENT, PAGE, Exactness, Segment, Want, page_ids, root_page, with_salt, worst
+
+Ranges = tuple[tuple[int, int], ...]  # of pages: [start, stop)
+_ASK = "Fix: ask the sender for a valid hand-over."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """A context without its KV: `skeleton` has all but segments, `pages` their ids, `grades` the class from a page on,
+    `engine` and `dtype` what computed and holds them.
+    """
+
+    skeleton: Context
+    pages: tuple[str, ...]
+    grades: tuple[tuple[int, Exactness], ...]
+    engine: str
+    dtype: str
+
+    def wants(self, least: Exactness) -> list[tuple[int, int, Want]]:
+        """For each run of pages, [start, stop), which KV is as good as the sender's own, sent at class `least`."""
+        starts = [start for start, _ in self.grades] + [len(self.pages)]
+        return [
+            (start, stop, Want(self.engine, self.dtype, worst([least, grade])))
+            for (start, grade), stop in zip(self.grades, starts[1:], strict=True)
+        ]
+
+    def nbytes(self, ranges: Ranges) -> int:
+        """Bytes of KV that these pages are."""
+        if self.skeleton.model is None or not self.dtype:
+            return 0
+        positions = sum(min(stop * PAGE, len(self.skeleton)) - start * PAGE for start, stop in ranges)
+        return positions * self.skeleton.model.layout.bytes_per_token(self.dtype)
+
+
+def outline(context: Context, mode: str, *, salt: bytes) -> tuple[Outline, tuple[Segment, ...]]:
+    """What is told of a context in a hand-over of that mode, and its segments with the tenant's page ids.
+
+    Raises:
+        UsageError: KV is missing, or the context has nothing to send in this mode.
+    """
+    if mode != "kv":
+        return Outline(_without_kv(context, mode), (), (), "", ""), ()
+    if context.model is None or sum(map(len, context.segments)) != len(context):
+        raise UsageError("the context lacks some of its KV. Fix: fetch the missing segments first.")
+    segments = with_salt(context.model, context.segments, salt)
+    pages = tuple(page for segment in segments for page in segment.pages)
+    grades = tuple((segment.start // PAGE, segment.exactness) for segment in segments)
+    engine, dtype = origin(context)
+    return Outline(replace(context, segments=()), pages, grades, engine, dtype), segments
+
+
+def origin(context: Context) -> tuple[str, str]:
+    """Engine and dtype of a context's KV; "mixed" where its segments differ."""
+    engines = {segment.engine for segment in context.segments}
+    dtypes = {segment.dtype for segment in context.segments}
+    engine = engines.pop() if len(engines) == 1 else "mixed" if engines else ""
+    return engine, dtypes.pop() if len(dtypes) == 1 else ""
+
+
+def _without_kv(context: Context, mode: str) -> Context:
+    if mode == "tokens" and LATENT not in context.tokens:
+        return replace(context, kind="tokens", length=0, segments=(), hidden=None, exactness=Exactness.TEXT)
+    turns = tuple(Turn(turn.message) for turn in context.turns if turn.content)
+    if not turns:
+        raise UsageError("the context holds no text to hand over. Fix: give it to an agent of equal weights.")
+    return Context("text", turns=turns, template=context.template, exactness=Exactness.TEXT)
+
+
+# --- an outline as it travels
+
+
+def outline_to_items(given: Outline) -> tuple[Event, Context]:
+    """The event and the context that tell an outline; page ids only where tokens do not tell them."""
+    latent = LATENT in given.skeleton.tokens[: len(given.skeleton)]
+    event: Mapping[str, object] = {
+        "pages": list(given.pages) if latent else None,
+        "grades": [[start, grade.label] for start, grade in given.grades],
+        "engine": given.engine,
+        "dtype": given.dtype,
+    }
+    return event, given.skeleton
+
+
+def outline_from_items(event: Event, skeleton: object, *, salt: bytes) -> Outline:
+    """The outline that came.
+
+    Raises:
+        BundleError: it contradicts itself.
+    """
+    if not isinstance(skeleton, Context) or skeleton.segments:
+        raise BundleError(f"an outline came without its context, or with KV in it. {_ASK}")
+    if skeleton.kind != "kv" or skeleton.model is None:
+        return Outline(skeleton, (), (), "", "")
+    tokens = skeleton.tokens[: len(skeleton)]
+    count = -(-len(tokens) // PAGE)
+    if LATENT in tokens:
+        pages = _given_pages(event.get("pages"), count)
+    else:
+        pages = page_ids(root_page(skeleton.model, salt=salt), tokens)
+    engine, dtype = event.get("engine"), event.get("dtype")
+    if not isinstance(engine, str) or not isinstance(dtype, str):
+        raise BundleError(f"an outline names no engine or dtype. {_ASK}")
+    return Outline(skeleton, pages, _grades(event.get("grades"), count), engine, dtype)
+
+
+def _given_pages(value: object, count: int) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) != count or not all(map(_is_page, value)):
+        raise BundleError(f"an outline with latent positions has not {count} page ids. {_ASK}")
+    return tuple(value)
+
+
+def _is_page(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def _grades(value: object, count: int) -> tuple[tuple[int, Exactness], ...]:
+    grades: list[tuple[int, Exactness]] = []
+    for item in value if isinstance(value, list) else ():
+        if not isinstance(item, list) or len(item) != 2 or type(item[0]) is not int or not isinstance(item[1], str):
+            raise BundleError(f"an outline's grades are no pairs of a page and a class. {_ASK}")
+        grades.append((item[0], Exactness.parse(item[1])))
+    starts = [start for start, _ in grades]
+    if count and (starts != sorted(set(starts)) or starts[:1] != [0] or starts[-1] >= count):
+        raise BundleError(f"an outline's grades do not begin at page 0, or go back, or go too far. {_ASK}")
+    return tuple(grades) if count else ()
+
+
+# --- what is missing, and what to send
+
+
+def missing(given: Outline, store: Store, *, tenant: str, least: Exactness) -> Ranges:
+    """The pages that the store lacks, of class `least` or as good as the sender's own."""
+    here: list[bool] = []
+    for start, stop, want in given.wants(least):
+        here += store.have(given.pages[start:stop], tenant=tenant, want=want)
+    return to_ranges(index for index, found in enumerate(here) if not found)
+
+
+def to_ranges(indices: Iterable[int]) -> Ranges:
+    """Ascending numbers as ranges [start, stop)."""
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index:
+            ranges[-1] = (ranges[-1][0], index + 1)
+        else:
+            ranges.append((index, index + 1))
+    return tuple(ranges)
+
+
+def ranges_from_json(value: object, count: int) -> Ranges:
+    """Ranges that came over a wire, within [0, count).
+
+    Raises:
+        BundleError: they are none.
+    """
+    ranges: list[tuple[int, int]] = []
+    stop = 0
+    for item in value if isinstance(value, list) else [None]:
+        if not isinstance(item, list) or len(item) != 2 or {type(each) for each in item} != {int}:
+            raise BundleError(f"ranges of pages came that are no pairs of numbers. {_ASK}")
+        if not stop <= item[0] < item[1] <= count:
+            raise BundleError(f"pages {item[0]} to {item[1]} were asked for, of {count}, after {stop}. {_ASK}")
+        ranges.append((item[0], item[1]))
+        stop = item[1]
+    return tuple(ranges)
+
+
+def pieces(segments: Sequence[Segment], ranges: Ranges) -> list[Segment]:
+    """The pages of these ranges, cut out of the segments, in order; nothing is copied."""
+    found: list[Segment] = []
+    for segment in segments:
+        for start, stop in ranges:
+            first = max(start * PAGE, segment.start)
+            last = min(stop * PAGE, segment.stop)
+            if first < last:
+                found.append(segment.cut(first, last))
+    return found
+
+
+# --- and back
+
+
+def check_piece(blob: Blob, given: Outline, *, least: Exactness) -> None:
+    """Whether a blob that came is one of the outline's.
+
+    Raises:
+        BundleError: other weights, pages or dtype, or of a worse class than agreed.
+    """
+    model, segment = given.skeleton.model, blob.segment
+    first = segment.start // PAGE
+    if model is None or not blob.model.same_weights(model):
+        raise BundleError(f"a segment of other weights came. {_ASK}")
+    if segment.pages != given.pages[first : first + len(segment.pages)]:
+        raise BundleError(f"the segment at position {segment.start} is none of this context. {_ASK}")
+    if first and segment.parent != given.pages[first - 1]:
+        raise BundleError(f"the segment at position {segment.start} follows another page. {_ASK}")
+    grade = [grade for start, grade in given.grades if start <= first][-1]
+    if (segment.engine, segment.dtype) != (given.engine, given.dtype) or segment.exactness > worst([least, grade]):
+        raise BundleError(f"the segment at position {segment.start} is of another engine, dtype or class. {_ASK}")
+
+
+def assemble(given: Outline, find: Callable[[str, Want], Blob], *, least: Exactness) -> Context:
+    """The whole context, out of the blobs that `find` gives by page id.
+
+    Raises:
+        SegmentMissing: what `find` raises.
+    """
+    skeleton = given.skeleton
+    segments: list[Segment] = []
+    for start, stop, want in given.wants(least):
+        index = start
+        while index < stop:
+            segment = find(given.pages[index], want).segment
+            offset = segment.pages.index(given.pages[index])
+            count = _equal(segment.pages[offset:], given.pages[index:stop])
+            first = segment.start + offset * PAGE
+            last = min(segment.start + (offset + count) * PAGE, segment.stop)
+            segments.append(segment.cut(first, last))
+            index += count
+    exactness = worst([skeleton.exactness, *(segment.exactness for segment in segments)])
+    return replace(skeleton, segments=tuple(segments), exactness=exactness)
+
+
+def _equal(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many ids two runs of pages begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,160 @@
+"""The verbs `have` and `receive`: a context is announced, what is missing of it comes, a handle is given."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from avp.blob import Blob
+from avp.context import Context
+from avp.delta import Outline, Ranges, assemble, check_piece, missing, outline_from_items, to_ranges
+from avp.endpoint.desk import Desk, blob_expected, first_event, text
+from avp.errors import BundleError, ContextTooLong, HandleExpired, UsageError
+from avp.greeting import agreement_to_json
+from avp.handshake import Agreement, negotiate
+from avp.protocols import Item
+from avp.security import Caller
+from avp.segment import PAGE, Want
+from avp.session import Reservation, Session
+from avp.telemetry import span
+
+_PATIENCE = 60.0  # seconds that room is kept for a hand-over of which nothing comes
+
+
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    """A hand-over that was announced; its missing segments are due."""
+
+    given: Outline
+    session: Session
+    agreement: Agreement
+    room: Reservation
+    due: float  # when its room is given to others; infinite while it is being received
+    blobs: dict[str, Blob] = field(default_factory=dict)  # by page id
+
+
+class Receiving:
+    """See the module."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._transfers: dict[str, _Transfer] = {}
+
+    async def have(self, items: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
+        """What is missing of a context; the handle, if nothing is."""
+        event = await first_event(items)
+        session = self._desk.handles.session(text(event, "session"), caller.tenant)
+        if session.hello is None:
+            raise UsageError("the session was opened without a hello. Fix: shake hands first.")
+        given = outline_from_items(event, await anext(items, None), salt=caller.tenant.salt)
+        agreement = negotiate(session.hello, self._desk.hello(), tokens=len(given.skeleton.tokens))
+        self._check(given, session, agreement)
+        reply: dict[str, object] = {"agreement": agreement_to_json(agreement)}
+        with span("have", pages=len(given.pages)):
+            lacking = await asyncio.to_thread(self._missing, given, agreement, caller)
+        if not lacking:
+            context = await asyncio.to_thread(self._assemble, given, agreement, caller, {})
+            yield {**reply, "missing": [], **self._desk.keep(context, session)}
+            return
+        self._sweep()
+        room = self._desk.handles.reserve(caller.tenant, given.nbytes(lacking))
+        name = secrets.token_urlsafe(16)
+        self._transfers[name] = _Transfer(given, session, agreement, room, time.monotonic() + _PATIENCE)
+        yield {**reply, "missing": [list(each) for each in lacking], "transfer": name}
+
+    async def receive(self, items: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
+        """Segments of an announced context; each is kept as soon as it is whole and verified. Then the handle."""
+        event = await first_event(items)
+        transfer = self._transfers.pop(text(event, "transfer"), None)
+        if transfer is None or transfer.session.tenant != caller.tenant:
+            raise HandleExpired("nothing is announced under that name, or no longer. Fix: announce it again (`have`).")
+        try:
+            await self._take(items, transfer, caller)
+            lacking = await asyncio.to_thread(self._lacking, transfer, caller)
+            if lacking:
+                raise BundleError(
+                    f"the hand-over ended and pages {list(lacking)[:4]} did not come. Fix: hand it over again; what "
+                    "came is kept."
+                )
+            with span("assemble", pages=len(transfer.given.pages)):
+                context = await asyncio.to_thread(
+                    self._assemble, transfer.given, transfer.agreement, caller, transfer.blobs
+                )
+        finally:
+            transfer.room.release()
+        yield self._desk.keep(context, transfer.session)
+
+    async def _take(self, items: AsyncIterator[Item], transfer: _Transfer, caller: Caller) -> None:
+        """Receive one segment while the one before is verified and stored."""
+        storing: asyncio.Task[None] | None = None
+        budget = transfer.room.nbytes
+        try:
+            async for item in items:
+                if not isinstance(item, Blob):
+                    raise blob_expected(item)
+                check_piece(item, transfer.given, least=transfer.agreement.exactness)
+                budget -= transfer.given.nbytes(((item.segment.start // PAGE, -(-item.segment.stop // PAGE)),))
+                if budget < 0:
+                    raise BundleError("more segments came than were missing. Fix: send what `have` asked for.")
+                if storing is not None:
+                    await storing
+                storing = asyncio.create_task(asyncio.to_thread(self._keep, item, transfer, caller))
+            if storing is not None:
+                await storing
+        finally:
+            if storing is not None:
+                await asyncio.gather(storing, return_exceptions=True)
+
+    def _keep(self, blob: Blob, transfer: _Transfer, caller: Caller) -> None:
+        with span("verify", start=blob.segment.start):
+            blob.verify()
+        with span("store", start=blob.segment.start):
+            self._desk.store.put(blob, tenant=caller.tenant.name)
+        transfer.blobs.update(dict.fromkeys(blob.segment.pages, blob))
+
+    def _check(self, given: Outline, session: Session, agreement: Agreement) -> None:
+        skeleton, kv = given.skeleton, agreement.mode == "kv"
+        if kv != (skeleton.kind == "kv") and skeleton.kind != "text":
+            raise BundleError(
+                f"a context of kind {skeleton.kind} came where {agreement.mode} was agreed. Fix: shake hands again."
+            )
+        sender = session.hello.model if session.hello else None
+        if skeleton.model is not None and (sender is None or not skeleton.model.same_weights(sender)):
+            raise BundleError("a context of other weights came than the handshake named. Fix: shake hands again.")
+        connector = self._desk.connector
+        if connector is not None and len(skeleton.tokens) > connector.max_positions and kv:
+            raise ContextTooLong(
+                f"a context of {len(skeleton.tokens)} tokens was announced and {connector.identity.id} has "
+                f"{connector.max_positions} positions. Nothing was sent. Fix: hand over a shorter context."
+            )
+
+    def _missing(self, given: Outline, agreement: Agreement, caller: Caller) -> Ranges:
+        return missing(given, self._desk.store, tenant=caller.tenant.name, least=agreement.exactness)
+
+    def _lacking(self, transfer: _Transfer, caller: Caller) -> Ranges:
+        """Pages that neither came nor are in the store."""
+        given = transfer.given
+        absent = [index for index, page in enumerate(given.pages) if page not in transfer.blobs]
+        if not absent:
+            return ()
+        stored = set(range(len(given.pages)))
+        for start, stop in self._missing(given, transfer.agreement, caller):
+            stored -= set(range(start, stop))
+        return to_ranges(index for index in absent if index not in stored)
+
+    def _assemble(self, given: Outline, agreement: Agreement, caller: Caller, came: dict[str, Blob]) -> Context:
+        if given.skeleton.kind != "kv":
+            return given.skeleton
+
+        def find(page: str, want: Want) -> Blob:
+            return came[page] if page in came else self._desk.store.get(page, tenant=caller.tenant.name, want=want)
+
+        return assemble(given, find, least=agreement.exactness)
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for name in [name for name, transfer in self._transfers.items() if transfer.due <= now]:
+            self._transfers.pop(name).room.release()
