@@ -17,23 +17,32 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each layer may import the layers before it, and itself. `registry` hands out plug-ins, so everybody may ask it.
 LAYERS = [
     {"errors"},
-    {"buffers", "protocols", "registry"},
-    {"identity", "segment", "shared", "context", "manifest", "table", "bundle", "blob"},
+    {"buffers", "folders", "protocols", "registry", "security", "telemetry"},
+    {"identity", "segment", "shared", "context", "manifest", "table", "bundle", "blob", "vocabulary"},
     {"codecs"},
-    {"receipt"},
-    {"projections"},
-    {"connectors"},
-    {"agent", "testing"},
+    {"receipt", "handshake", "greeting", "handle", "delta"},
+    {"projections", "stores", "session", "wire", "interop"},
+    {"endpoint", "direct", "transfer", "fetching", "portal"},
+    {"connectors", "transports"},
+    {"remote_stream", "remote", "network", "oneline", "agent", "testing"},
     {"bench"},
     {"cli"},
 ]
 LEAVES = {
     "torch": ("connectors", "projections", "bench", "testing/tiny.py"),
     "transformers": ("connectors", "bench", "cli", "testing/tiny.py"),
-    "zstandard": ("codecs/lossless.py", "testing/codec.py"),
+    "zstandard": ("codecs/lossless.py", "testing/codec.py", "interop"),
     "matplotlib": ("bench",),
     "click": ("cli", "bench"),
     "rich": ("cli", "bench"),
+    "httpx2": ("transports/http",),
+    "httpcore2": ("transports/http",),
+    "starlette": ("transports/http", "interop"),
+    "uvicorn": ("transports/http",),
+    "h2": ("transports/http",),
+    "grpc": ("transports/grpc",),
+    "redis": ("stores/redis.py",),
+    "obstore": ("stores/s3.py",),
 }
 
 

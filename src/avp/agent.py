@@ -1,159 +1,217 @@
-"""The one-line API: pack, unpack, think, generate. Connectors made by name are kept until `clear_cache()`."""
+"""Agent: a connector, a store and an endpoint under one name; hands contexts over, and takes them."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 
-from avp import registry
-from avp.context import Context, Turn, text_context
+from avp import network
+from avp.context import Context
+from avp.direct import DirectChannel
+from avp.endpoint import AgentEndpoint, Rules
 from avp.errors import UsageError
-from avp.protocols import Prompt
+from avp.handle import Handle
+from avp.handshake import Hello
+from avp.manifest import Limits
+from avp.network import AsyncServer, Remote, Server, connect_async
+from avp.portal import PORTAL
+from avp.protocols import Connector, Prompt, Store, TextStream
+from avp.receipt import Generation
+from avp.remote import AsyncRemote, Own
+from avp.security import Security, Tenant
 from avp.segment import Exactness
+from avp.session import Quota
+from avp.stores import open_store
+from avp.stores.memory import MemoryStore
 
-if TYPE_CHECKING:
-    from avp.connectors.huggingface import HuggingFaceConnector
-    from avp.receipt import Generation
-
-
-class _Connectors:
-    """Connectors by model name, made once."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._made: dict[str, HuggingFaceConnector] = {}
-
-    def get(self, name: str) -> HuggingFaceConnector:
-        with self._lock:
-            if name not in self._made:
-                kind = cast("type[HuggingFaceConnector]", registry.load("avp.connectors", "huggingface"))
-                self._made[name] = kind.from_pretrained(name)
-            return self._made[name]
-
-    def clear(self) -> None:
-        with self._lock:
-            self._made.clear()
+_LONG = 600.0
 
 
-_CONNECTORS = _Connectors()
+class Agent:
+    """See the module. `store` is a Store, a URL of one ("disk:", "redis://…"), or None: memory, 4 GiB.
 
-
-def connector(name: str) -> HuggingFaceConnector:
-    """The connector of that model name, made at its first use.
-
-    Raises:
-        ModelNotFound, UnsupportedCache, MissingExtra: see `HuggingFaceConnector.from_pretrained`.
+    accept is the worst class of exactness that it puts up with, whichever side it is on. Without a connector it keeps
+    and gives contexts, but generates nothing. Threads may use one agent at once.
     """
-    return _CONNECTORS.get(name)
 
+    def __init__(
+        self,
+        connector: Connector | None = None,
+        *,
+        name: str = "agent",
+        store: Store | str | None = None,
+        limits: Limits | None = None,
+        accept: str = "exact",
+        quota: Quota | None = None,
+        security: Security | None = None,
+        tenant: Tenant | None = None,
+        peers: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.connector = connector
+        self.store: Store = open_store(store) if isinstance(store, str) else store or MemoryStore()
+        self.security = security or Security()
+        floor = Exactness.parse(accept)
+        limits = limits or Limits()
+        self.own = Own(name, connector, self.store, tenant or Tenant(), limits, floor)
+        rules = Rules(limits, floor, quota or Quota(), self.security, tuple(peers))
+        self.endpoint = AgentEndpoint(connector, name=name, store=self.store, rules=rules, pull=self._pull)
+        self._remotes: dict[str, Remote] = {}
 
-def clear_cache() -> None:
-    """Forget the connectors made by name; their memory is free when no context uses it any more."""
-    _CONNECTORS.clear()
+    def __repr__(self) -> str:
+        return f"<Agent {self.name}, {self.connector.identity.describe() if self.connector else 'no model'}>"
 
+    def __enter__(self) -> Agent:
+        return self
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What `pack` makes: `str` is the text, `bytes` the wire, `context` what both stand for."""
+    def __exit__(self, *problem: object) -> None:
+        self.close()
 
-    context: Context
+    def close(self) -> None:
+        """End its connections and let go of its store."""
+        for remote in self._remotes.values():
+            remote.close()
+        self._remotes.clear()
+        self.endpoint.close()
+        self.store.close()
 
-    def __str__(self) -> str:
-        return self.context.text
+    def hello(self) -> Hello:
+        """What it says of itself."""
+        return self.endpoint.hello()
 
-    def __bytes__(self) -> bytes:
-        return self.context.to_bytes()
+    # --- the engine's verbs
 
-    def __len__(self) -> int:
-        return len(bytes(self))
+    def prefill(self, prompt: Prompt, *, context: Context | Handle | None = None) -> Context:
+        """See the connector's."""
+        with ExitStack() as stack:
+            return self._engine().prefill(prompt, context=self._resolve(context, stack))
 
+    def think(self, prompt: Prompt, *, steps: int = 20, context: Context | Handle | None = None) -> Context:
+        """See the connector's."""
+        with ExitStack() as stack:
+            return self._engine().think(prompt, steps=steps, context=self._resolve(context, stack))
 
-def pack(content: str, *, model: str | None = None, think_steps: int = 0, context: Context | None = None) -> Message:
-    """A message for another agent.
+    def generate(
+        self,
+        prompt: Prompt = "",
+        *,
+        context: Context | Handle | None = None,
+        max_new_tokens: int = 512,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+    ) -> Generation:
+        """Text after a context, or after what a handle of this agent stands for; see the connector's."""
+        with ExitStack() as stack:
+            stream: TextStream = self._engine().stream(
+                prompt,
+                context=self._resolve(context, stack),
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                stop=stop,
+                seed=seed,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                accept=self.own.accept.label,
+            )
+            return stream.result
 
-    Without a model it is text. With one it carries the model's identity and the token ids. With `think_steps` it
-    carries the latent context *and* the text, so that a receiver of other weights can still read it. `context` is what
-    came before.
+    # --- hand-over
 
-    Raises:
-        UsageError: `think_steps` or `context` without a model. Else as `HuggingFaceConnector.think`.
-    """
-    if model is None:
-        if think_steps or context is not None:
-            raise UsageError("think_steps and context need a model. Fix: pass model=…")
-        return Message(text_context(content))
-    engine = connector(model)
-    if think_steps:
-        return Message(engine.think(content, steps=think_steps, context=context))
-    if context is not None:
-        return Message(engine.prefill(content, context=context))
-    tokens = engine.tokenize(content)
-    turns = (Turn({"role": "user", "content": content}),)
-    return Message(Context("tokens", engine.identity, tokens, turns=turns, exactness=Exactness.TEXT))
+    def hand_over(
+        self,
+        context: Context | Prompt,
+        *,
+        to: Agent | Remote | str,
+        accept: str | None = None,
+        policy: str = "best",
+        codec: str | None = None,
+        timeout: float | None = _LONG,
+    ) -> Handle:
+        """Give another agent a context, or a prompt that is computed here and travels while it is computed.
 
+        Returns a handle of the other agent, with the receipt of what was done.
 
-def unpack(
-    data: Message | bytes | bytearray | memoryview | str,
-    *,
-    model: str | None = None,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-) -> str:
-    """The text of a message; with a model, what the model says to it, as a `Generation`.
+        Raises:
+            NoAgreement: nothing that both accept; the message has a reason for each mode.
+            Else as `AsyncRemote.hand_over`.
+        """
+        remote = self._remote(to)
+        return PORTAL.run(remote.hand_over(context, accept=accept, policy=policy, codec=codec, timeout=timeout))
 
-    KV of equal weights goes in; of other weights it is not injected: the model reads the text (or, with an equal
-    tokenizer, the ids), and the receipt's mode, class and reasons say so.
+    async def hand_over_async(
+        self,
+        context: Context | Prompt,
+        *,
+        to: Agent | AsyncRemote | str,
+        accept: str | None = None,
+        policy: str = "best",
+        codec: str | None = None,
+        timeout: float | None = _LONG,
+    ) -> Handle:
+        """As `hand_over`, in the caller's event loop."""
+        if isinstance(to, AsyncRemote):
+            remote = to.on_behalf_of(self.own)
+            return await remote.hand_over(context, accept=accept, policy=policy, codec=codec, timeout=timeout)
+        async with self.connect_async(to) as remote:
+            return await remote.hand_over(context, accept=accept, policy=policy, codec=codec, timeout=timeout)
 
-    Raises:
-        BundleError: bytes that are no bundle. IdentityMismatch: other weights, and no text to fall back to.
-    """
-    context = _open(data)
-    if model is None:
-        return context.text
-    return connector(model).generate(
-        "", context=_open_turn(context), max_new_tokens=max_new_tokens, temperature=temperature, accept="text"
-    )
+    def connect(self, to: Agent | str) -> Remote:
+        """Another agent, as this one sees it: fetches go into this one's store."""
+        return Remote(self.connect_async(to))
 
+    def connect_async(self, to: Agent | str) -> AsyncRemote:
+        """As `connect`, for use in one event loop."""
+        if isinstance(to, Agent):
+            return AsyncRemote(DirectChannel(to.endpoint), to.url, own=self.own)
+        return connect_async(to, own=self.own, security=self.security)
 
-def think(
-    prompt: Prompt, *, model: str, steps: int = 20, context: Context | None = None, method: str = "norm"
-) -> Context:
-    """The context after `prompt` and `steps` latent positions; see `HuggingFaceConnector.think`."""
-    return connector(model).think(prompt, steps=steps, context=context, method=method)
+    @property
+    def url(self) -> str:
+        """How handles call it that were given without a network."""
+        return f"agent:{self.name}"
 
+    def _remote(self, to: Agent | Remote | str) -> AsyncRemote:
+        if isinstance(to, Remote):
+            return to.on_behalf_of(self.own)
+        key = to if isinstance(to, str) else f"agent:{id(to)}"
+        if key not in self._remotes:
+            self._remotes[key] = self.connect(to)
+        return self._remotes[key].on_behalf_of(self.own)
 
-def generate(
-    prompt: Prompt,
-    *,
-    model: str,
-    context: Context | None = None,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    accept: str = "exact",
-) -> Generation:
-    """Text after `context` and `prompt`; see `HuggingFaceConnector.generate`."""
-    return connector(model).generate(
-        prompt,
-        context=context,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        accept=accept,
-    )
+    async def _pull(self, url: str, handle: str, tenant: Tenant) -> Context:
+        """Fetch what a caller's handle stands for from the agent that keeps it, into the caller's part of the store."""
+        own = replace(self.own, tenant=tenant)
+        async with connect_async(url, own=own, security=self.security) as remote:
+            return await remote.fetch(handle)
 
+    def _engine(self) -> Connector:
+        if self.connector is None:
+            raise UsageError(f"{self.name} has no model. Fix: make it with a connector.")
+        return self.connector
 
-def _open(data: Message | bytes | bytearray | memoryview | str) -> Context:
-    if isinstance(data, Message):
-        return data.context
-    return text_context(data) if isinstance(data, str) else Context.from_bytes(data)
-
-
-def _open_turn(context: Context) -> Context:
-    """A context that ends in an assistant's whole turn of text is read as a message: its text becomes the user's."""
-    if context.kind == "kv" or not context.turns or context.turns[-1].role == "user":
+    def _resolve(self, context: Context | Handle | None, stack: ExitStack) -> Context | None:
+        if isinstance(context, Handle):
+            return stack.enter_context(self.endpoint.desk.handles.use(context.id, self.own.tenant))
         return context
-    return text_context(context.text)
+
+
+def serve(agent: Agent, *urls: str) -> Server:
+    """Answer for an agent at these URLs (`http://127.0.0.1:0`, `unix:/run/a.sock`, …), in the background.
+
+    Raises:
+        UsageError: an address that is not ours to listen at, or open to all without authentication.
+    """
+    return network.serve(agent.endpoint, *urls)
+
+
+async def serve_async(agent: Agent, *urls: str) -> AsyncServer:
+    """As `serve`, in the caller's event loop."""
+    return await network.serve_async(agent.endpoint, *urls)

@@ -6,14 +6,19 @@ there costs no KV. Only pages of latent positions, which have no ids to tell the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from avp.blob import Blob
+from avp.blob import Blob, seal
 from avp.context import Context, Turn
 from avp.errors import BundleError, UsageError
+from avp.handshake import Hello
+from avp.identity import ModelIdentity
 from avp.protocols import Event, Store
+from avp.security import Tenant
 from avp.segment import LATENT, PAGE, Exactness, Segment, Want, page_ids, root_page, with_salt, worst
+from avp.telemetry import span
 
 Ranges = tuple[tuple[int, int], ...]  # of pages: [start, stop)
 _ASK = "Fix: ask the sender for a valid hand-over."
@@ -70,6 +75,20 @@ def origin(context: Context) -> tuple[str, str]:
     dtypes = {segment.dtype for segment in context.segments}
     engine = engines.pop() if len(engines) == 1 else "mixed" if engines else ""
     return engine, dtypes.pop() if len(dtypes) == 1 else ""
+
+
+def sender_of(hello: Hello, context: Context) -> Hello:
+    """What an agent says of itself when it hands over that context: it may be of another model or engine."""
+    engine, dtype = origin(context)
+    return replace(hello, model=context.model, engine=engine, dtype=dtype, modes=sendable(context))
+
+
+def sendable(context: Context) -> tuple[str, ...]:
+    """The modes in which a context can be sent at all."""
+    modes: tuple[str, ...] = ("kv", "translated", "projected") if context.kind == "kv" else ()
+    if context.model is not None and context.tokens and LATENT not in context.tokens:
+        modes = (*modes, "tokens")
+    return (*modes, "text") if context.text else modes
 
 
 def _without_kv(context: Context, mode: str) -> Context:
@@ -239,3 +258,37 @@ def assemble(given: Outline, find: Callable[[str, Want], Blob], *, least: Exactn
 def _equal(one: Sequence[str], other: Sequence[str]) -> int:
     """How many ids two runs of pages begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def store_new(store: Store, context: Context, tenant: Tenant) -> None:
+    """Keep what a store lacks of a context, under a tenant's page ids.
+
+    Raises:
+        StoreFailed: it could not be kept.
+    """
+    if context.kind != "kv" or not context.segments or context.model is None:
+        return
+    given, segments = outline(context, "kv", salt=tenant.salt)
+    lacking = missing(given, store, tenant=tenant.name, least=Exactness.EXACT)
+    for segment in pieces(segments, lacking):
+        store.put(seal(context.model, segment), tenant=tenant.name)
+
+
+async def sealed(model: ModelIdentity, segments: list[Segment], codec: str) -> AsyncGenerator[Blob]:
+    """The blobs of segments, in order; the next one is made while this one is used."""
+    ahead: asyncio.Task[Blob] | None = None
+    try:
+        for segment in [*segments, None]:
+            done, ahead = ahead, None
+            if segment is not None:
+                ahead = asyncio.create_task(asyncio.to_thread(_seal, model, segment, codec))
+            if done is not None:
+                yield await done
+    finally:
+        if ahead is not None:
+            await asyncio.gather(ahead, return_exceptions=True)
+
+
+def _seal(model: ModelIdentity, segment: Segment, codec: str) -> Blob:
+    with span("seal", start=segment.start):
+        return seal(model, segment, codec=codec)

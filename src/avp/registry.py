@@ -20,6 +20,13 @@ _EXTRAS = (
     ("zstandard", "zstd"),
     ("click", "cli"),
     ("rich", "cli"),
+    ("httpx2", "http"),
+    ("starlette", "http"),
+    ("uvicorn", "http"),
+    ("httptools", "http"),
+    ("grpc", "grpc"),
+    ("redis", "redis"),
+    ("obstore", "s3"),
     ("matplotlib", "bench"),
     ("psutil", "bench"),
 )

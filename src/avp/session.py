@@ -37,6 +37,7 @@ class Quota:
     ttl: float = 3600.0
     running: int = 2
     waiting: int = 64
+    sessions: int = 10_000
     idle: float = 30.0
 
 
@@ -46,7 +47,8 @@ class Session:
 
     id: str
     tenant: Tenant
-    hello: Hello | None
+    hello: Hello | None  # the caller's
+    own: Hello | None  # what it was answered
     expires: float
 
 
@@ -88,11 +90,16 @@ class Handles:
 
     # --- sessions
 
-    def open(self, tenant: Tenant, hello: Hello | None) -> Session:
-        """A new session."""
+    def open(self, tenant: Tenant, *, hello: Hello | None = None, own: Hello | None = None) -> Session:
+        """A new session; raises Busy where there are too many."""
         with self._lock:
             self._sweep()
-            session = Session(secrets.token_urlsafe(32), tenant, hello, self._clock() + self.quota.ttl)
+            if len(self._sessions) >= self.quota.sessions:
+                raise Busy(
+                    f"{len(self._sessions)} sessions are open, as many as this endpoint takes. Fix: try again later.",
+                    retry_after=_RETRY,
+                )
+            session = Session(secrets.token_urlsafe(32), tenant, hello, own, self._clock() + self.quota.ttl)
             self._sessions[session.id] = session
             return session
 

@@ -305,3 +305,14 @@ def with_thought(plan: Plan, positions: int) -> tuple[Turn, ...]:
     if last.role != "raw" and (last.opaque is None or last.content):
         raise UsageError("latent steps cannot follow text within one turn. Fix: pass a prompt, which closes the turn.")
     return (*plan.turns[:-1], Turn(last.message, (last.opaque[0] if last.opaque else 0, positions)))
+
+
+def template_of(
+    tools: Sequence[Mapping[str, object]] | None, chat_template_kwargs: Mapping[str, object] | None
+) -> Mapping[str, object]:
+    """What a context keeps of the arguments that a chat template sees."""
+    given = {
+        "tools": list(tools) if tools else None,
+        "chat_template_kwargs": dict(chat_template_kwargs) if chat_template_kwargs else None,
+    }
+    return MappingProxyType({name: value for name, value in given.items() if value is not None})

@@ -24,18 +24,18 @@ from avp.connectors import loading
 from avp.connectors.admission import admit, refuse_source
 from avp.connectors.arena import SLACK, Arena, Shape, Snapshot, continue_from
 from avp.connectors.cache import PositionCounter, RunCache
-from avp.connectors.chat import Plan, Renderer, with_reply, with_thought, with_work
+from avp.connectors.chat import Plan, Renderer, template_of, with_reply, with_thought, with_work
 from avp.connectors.embeddings import Tables
 from avp.connectors.layout import cache_layout
 from avp.connectors.sampling import Sampling, Stream, eos_ids, run_generate
-from avp.connectors.state import from_segments, make_context, to_buffer, to_tensor
-from avp.connectors.weights import tokenizer_fingerprint, weights_fingerprint
+from avp.connectors.state import ENGINE, dtype_name, from_segments, make_context, to_buffer, to_tensor
+from avp.connectors.weights import tokenizer_fingerprint, vocabulary, weights_fingerprint
 from avp.context import Context
 from avp.errors import ContextTooLong, UsageError
 from avp.identity import ModelIdentity
 from avp.protocols import Prompt, Step
 from avp.receipt import Generation, Receipt, Usage
-from avp.segment import LATENT, Exactness
+from avp.segment import LATENT, SEGMENT, Exactness
 
 
 class HuggingFaceConnector:
@@ -65,6 +65,8 @@ class HuggingFaceConnector:
             layout,
         )
         self.max_positions = int(model.config.get_text_config(decoder=True).max_position_embeddings)
+        self.engine = ENGINE
+        self.dtype = dtype_name(model.dtype)
         self._shape = Shape(layout, model.dtype, model.device)
         self._renderer = Renderer(tokenizer, model.get_input_embeddings().weight.shape[0])
         self._snapshots: weakref.WeakKeyDictionary[Context, Snapshot] = weakref.WeakKeyDictionary()
@@ -105,7 +107,7 @@ class HuggingFaceConnector:
             IdentityMismatch, ContextTooLong, UsageError: before anything is computed.
         """
         self._check(context)
-        plan = self._renderer.extend(context, prompt, template=_template(tools, chat_template_kwargs), reply=False)
+        plan = self._renderer.extend(context, prompt, template=template_of(tools, chat_template_kwargs), reply=False)
         if context is not None and plan.ids == context.tokens and plan.reuse == len(context) == len(plan.ids):
             return context if plan.turns == context.turns else self._renamed(context, plan)
         if plan.reuse == len(plan.ids):
@@ -113,6 +115,24 @@ class HuggingFaceConnector:
         with self._run(context, plan, more=0) as cache:
             self._hidden(cache, context, plan.ids[cache.length :])
             return self._context(cache, plan, context)
+
+    @torch.no_grad()
+    def prefill_steps(self, prompt: Prompt, *, context: Context | None = None) -> Iterator[Context]:
+        """As `prefill`, a segment of 256 positions at a time: growing contexts, the last one the whole.
+
+        The first one computes nothing: its ids after `len` are those that will be. Raises as `prefill`.
+        """
+        self._check(context)
+        plan = self._renderer.extend(context, prompt, template={}, reply=False)
+        if plan.reuse == len(plan.ids):
+            yield self.prefill(prompt, context=context)
+            return
+        with self._run(context, plan, more=0) as cache:
+            yield make_context(self.identity, Snapshot(cache.arena, plan.reuse), plan, context)
+            while cache.length < len(plan.ids):
+                stop = min((cache.length // SEGMENT + 1) * SEGMENT, len(plan.ids))
+                self._hidden(cache, context, plan.ids[cache.length : stop])
+                yield self._context(cache, plan, context)
 
     @torch.no_grad()
     def think(
@@ -140,7 +160,7 @@ class HuggingFaceConnector:
         self._check(context)
         step = self._step(method)
         plan = with_work(
-            self._renderer.extend(context, prompt, template=_template(tools, chat_template_kwargs), reply=True)
+            self._renderer.extend(context, prompt, template=template_of(tools, chat_template_kwargs), reply=True)
         )
         ids = plan.ids + (LATENT,) * steps
         turns = with_thought(plan, len(ids))
@@ -180,7 +200,7 @@ class HuggingFaceConnector:
         """
         sampling = Sampling.of(max_new_tokens, min_new_tokens, temperature, top_p, stop, seed)
         refuse_source(source)
-        return self._generate(prompt, context, sampling, _template(tools, chat_template_kwargs), accept, None)
+        return self._generate(prompt, context, sampling, template_of(tools, chat_template_kwargs), accept, None)
 
     def stream(
         self,
@@ -201,7 +221,7 @@ class HuggingFaceConnector:
         """As `generate`, piece by piece: iterate over the stream, then take its `result`. Closing it ends the run."""
         sampling = Sampling.of(max_new_tokens, min_new_tokens, temperature, top_p, stop, seed)
         refuse_source(source)
-        template = _template(tools, chat_template_kwargs)
+        template = template_of(tools, chat_template_kwargs)
         return Stream(
             self.tokenizer, lambda stream: self._generate(prompt, context, sampling, template, accept, stream)
         )
@@ -230,6 +250,10 @@ class HuggingFaceConnector:
                     torch.log_softmax(logits.float(), -1).gather(-1, targets[first + 1 : last + 1, None])[:, 0].cpu()
                 )
         return torch.cat(scores)[-len(ids) :]
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """The tokens as the tokenizer spells them, by id; an id without a token is ""."""
+        return vocabulary(self.tokenizer)
 
     def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids that `prefill(prompt)` would compute; computes nothing."""
@@ -374,13 +398,3 @@ class HuggingFaceConnector:
 
 
 _SCORED = 256  # positions whose logits are held at once by `score`
-
-
-def _template(
-    tools: Sequence[Mapping[str, object]] | None, chat_template_kwargs: Mapping[str, object] | None
-) -> Mapping[str, object]:
-    given = {
-        "tools": list(tools) if tools else None,
-        "chat_template_kwargs": dict(chat_template_kwargs) if chat_template_kwargs else None,
-    }
-    return MappingProxyType({name: value for name, value in given.items() if value is not None})

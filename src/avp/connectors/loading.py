@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from avp.connectors import gguf, models
 from avp.connectors.weights import keep_fingerprint, kept_fingerprint, replace_text, weights_fingerprint
 from avp.errors import ModelNotFound, UsageError
+from avp.folders import cache_dir
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -53,7 +54,7 @@ def resolve(name: str | Path) -> str | Path:
         if not path.is_file():
             raise ModelNotFound(f"there is no file {path}. Fix: check the path.")
         digest = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-        return gguf.convert(path, models.cache_dir() / "converted" / digest[:32])
+        return gguf.convert(path, cache_dir() / "converted" / digest[:32])
     if path.is_dir():
         return path
     if path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2:

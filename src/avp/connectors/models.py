@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from avp.errors import ModelNotFound
+from avp.folders import cache_dir
 
 CHUNK = 1 << 20
 POLL_SECONDS = 0.25
@@ -87,15 +88,6 @@ _GEMMA3 = BuiltinModel(
     chat=False,
 )
 BUILTIN: Mapping[str, BuiltinModel] = MappingProxyType({model.name: model for model in (_SMOLLM2, _GEMMA3)})
-
-
-def cache_dir() -> Path:
-    """Return the folder of all downloads: `$AVP_CACHE`, else `$XDG_CACHE_HOME/avp`, else `~/.cache/avp`."""
-    own = os.environ.get("AVP_CACHE", "")
-    if own:
-        return Path(own).expanduser().absolute()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "avp"
 
 
 def fetch(name: str, *, progress: Progress | None = None) -> Path:

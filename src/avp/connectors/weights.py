@@ -111,3 +111,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         rules = sorted(tokenizer.get_vocab().items())
     return blake3(canonical_json(rules).encode()).hexdigest()
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens as the tokenizer spells them, by id; an id without a token is ""."""
+    found = tokenizer.get_vocab()
+    tokens = [""] * (max(found.values(), default=-1) + 1)
+    for token, index in found.items():
+        tokens[index] = token
+    return tuple(tokens)

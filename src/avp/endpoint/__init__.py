@@ -67,14 +67,14 @@ class AgentEndpoint:
 
     async def _hello(self, items: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
         event = await first_event(items)
-        own = hello_to_json(self.hello())
+        own = self.hello()
         if event.get("hello") is None:
-            yield {"hello": own}
+            yield {"hello": hello_to_json(own)}
             return
         theirs = hello_from_json(event["hello"], limits=self.limits)
-        session = self.desk.handles.open(caller.tenant, theirs)
+        session = self.desk.handles.open(caller.tenant, hello=theirs, own=own)
         salt = caller.tenant.salt.hex()
-        yield {"hello": own, "session": session.id, "ttl": self.desk.rules.quota.ttl, "salt": salt}
+        yield {"hello": hello_to_json(own), "session": session.id, "ttl": self.desk.rules.quota.ttl, "salt": salt}
 
     async def _renew(self, items: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
         yield {"ttl": self.desk.handles.renew(text(await first_event(items), "handle"), caller.tenant)}

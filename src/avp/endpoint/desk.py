@@ -12,12 +12,12 @@ from avp.errors import BundleError, UsageError
 from avp.handshake import CodecOffer, Hello
 from avp.manifest import Limits
 from avp.protocols import Connector, Event, Item, Store
-from avp.security import Caller, Security
+from avp.security import Caller, Security, Tenant
 from avp.segment import Exactness
 from avp.session import Handles, Quota, Session
 from avp.vocabulary import vocabulary_digest
 
-Pull = Callable[[str, str], Awaitable[Context]]  # (url, handle) -> the context that is there
+Pull = Callable[[str, str, Tenant], Awaitable[Context]]  # (url, handle, for whom) -> the context that is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Desk:
     def session(self, event: Event, caller: Caller) -> Session:
         """The session that an event names, or a new one. Raises HandleExpired."""
         if event.get("session") is None:
-            return self.handles.open(caller.tenant, None)
+            return self.handles.open(caller.tenant)
         return self.handles.session(text(event, "session"), caller.tenant)
 
     def keep(self, context: Context, session: Session) -> Mapping[str, object]:

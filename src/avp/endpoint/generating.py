@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from urllib.parse import urlsplit
 
 from avp.context import Context
+from avp.delta import store_new
 from avp.endpoint.desk import Desk, first_event
 from avp.errors import AccessDenied, Busy, UsageError
 from avp.protocols import Connector, Event, Item, Prompt, TextStream
@@ -64,11 +66,12 @@ class Generating:
             finally:
                 run.cancel()
             result = run.result()
+            await asyncio.to_thread(store_new, self._desk.store, result.context, caller.tenant)
         self._measure(result)
         yield {"result": generation_to_json(result), **self._desk.keep(result.context, session)}
 
     async def _context(self, event: Event, caller: Caller, stack: ExitStack) -> Context | None:
-        """The context of the handle that the event names: one of ours, or of another agent, from where it is fetched."""
+        """The context of the handle that the event names; one of another agent is fetched from there."""
         handle, url = event.get("handle"), event.get("url")
         if handle is None:
             return None
@@ -82,7 +85,7 @@ class Generating:
                 "Fix: name that URL among its peers (Agent(peers=…), avp serve --peer URL)."
             )
         with span("pull", url=url):
-            return await self._desk.pull(url, handle)
+            return await self._desk.pull(url, handle, caller.tenant)
 
     def _may_fetch(self, url: str, caller: Caller) -> bool:
         if any(url == peer or url.startswith(peer.rstrip("/") + "/") for peer in self._desk.rules.peers):
@@ -128,7 +131,7 @@ class _Run:
         options: Mapping[str, object],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        self._call = lambda: connector.stream(prompt, context=context, **options)  # type: ignore[arg-type]
+        self._call: Callable[[], TextStream] = partial(connector.stream, prompt, context=context, **options)  # type: ignore[arg-type]
         self._loop = loop
         self._pieces: asyncio.Queue[object] = asyncio.Queue()
         self._cancelled = threading.Event()

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
-from avp.blob import Blob, seal
 from avp.bundle import pack_runs
 from avp.context import Context
-from avp.delta import outline, outline_to_items, pieces, ranges_from_json
+from avp.delta import outline, outline_to_items, pieces, ranges_from_json, sealed, sender_of
 from avp.endpoint.desk import Desk, first_event, text
-from avp.greeting import agreement_to_json
+from avp.errors import UsageError
+from avp.greeting import agreement_to_json, hello_to_json
 from avp.handshake import negotiate
-from avp.identity import ModelIdentity
 from avp.protocols import Item
 from avp.security import Caller
-from avp.segment import Segment, with_salt
-from avp.telemetry import span
+from avp.segment import with_salt
 
 
 class Giving:
@@ -31,15 +29,15 @@ class Giving:
         """First call, without ranges: the outline. Second call: the pages that the caller lacks."""
         event = await first_event(items)
         session = self._desk.session(event, caller)
-        own = self._desk.hello()
-        theirs = session.hello or replace(own, modes=("kv",))
+        if session.hello is None:
+            raise UsageError("the session was opened without a hello. Fix: shake hands first.")
         with self._desk.handles.use(text(event, "handle"), caller.tenant) as context:
-            sender = own if context.kind == "kv" else replace(own, modes=("tokens", "text"))
-            agreement = negotiate(sender, theirs, tokens=len(context.tokens))
+            sender = sender_of(self._desk.hello(), context)
+            agreement = negotiate(sender, session.hello, tokens=len(context.tokens))
             given, segments = await asyncio.to_thread(outline, context, agreement.mode, salt=caller.tenant.salt)
             if event.get("ranges") is None:
                 about, skeleton = outline_to_items(given)
-                yield {**about, "agreement": agreement_to_json(agreement)}
+                yield {**about, "sender": hello_to_json(sender), "agreement": agreement_to_json(agreement)}
                 yield skeleton
                 return
             if given.skeleton.model is None:
@@ -62,23 +60,3 @@ def without_salt(context: Context) -> Context:
     if context.model is None:
         return context
     return replace(context, segments=with_salt(context.model, context.segments, b""))
-
-
-async def sealed(model: ModelIdentity, segments: list[Segment], codec: str) -> AsyncGenerator[Blob]:
-    """The blobs of segments, in order; the next one is made while this one is used."""
-    ahead: asyncio.Task[Blob] | None = None
-    try:
-        for segment in [*segments, None]:
-            done, ahead = ahead, None
-            if segment is not None:
-                ahead = asyncio.create_task(asyncio.to_thread(_seal, model, segment, codec))
-            if done is not None:
-                yield await done
-    finally:
-        if ahead is not None:
-            await asyncio.gather(ahead, return_exceptions=True)
-
-
-def _seal(model: ModelIdentity, segment: Segment, codec: str) -> Blob:
-    with span("seal", start=segment.start):
-        return seal(model, segment, codec=codec)

@@ -47,10 +47,10 @@ class Receiving:
         """What is missing of a context; the handle, if nothing is."""
         event = await first_event(items)
         session = self._desk.handles.session(text(event, "session"), caller.tenant)
-        if session.hello is None:
+        if session.hello is None or session.own is None:
             raise UsageError("the session was opened without a hello. Fix: shake hands first.")
         given = outline_from_items(event, await anext(items, None), salt=caller.tenant.salt)
-        agreement = negotiate(session.hello, self._desk.hello(), tokens=len(given.skeleton.tokens))
+        agreement = negotiate(session.hello, session.own, tokens=len(given.skeleton.tokens))
         self._check(given, session, agreement)
         reply: dict[str, object] = {"agreement": agreement_to_json(agreement)}
         with span("have", pages=len(given.pages)):
