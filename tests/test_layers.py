@@ -87,6 +87,12 @@ def test_dependencies_point_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_connectors_and_transports_do_not_know_each_other(path: Path) -> None:
+    foreign = {"connectors": "avp.transports", "transports": "avp.connectors"}.get(part(path))
+    assert foreign is None or not [module for module in imports(path) if module.startswith(foreign)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_optional_libraries_are_imported_only_in_their_leaves(path: Path) -> None:
     relative = str(path.relative_to(SOURCE))
     for module in imports(path):

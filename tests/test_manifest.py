@@ -7,13 +7,14 @@ from copy import deepcopy
 
 import pytest
 
+from avp.bundle import peek
 from avp.context import Context, Turn, text_context
 from avp.errors import BundleError, LimitExceeded, UnsupportedBundle
 from avp.manifest import Limits, manifest_to_json, parse_json, parse_manifest
 from avp.segment import LATENT, Exactness
 from avp.testing import synthetic_context
 
-from .samples import kv_context, subset
+from .samples import bundle_of, kv_context, subset
 
 LIMITS = Limits()
 
@@ -22,7 +23,10 @@ def _manifest(context: Context | None = None) -> dict[str, object]:
     """The manifest of a context, as the JSON of its bundle has it."""
     if context is None:
         context = kv_context(range(300), turns=(Turn({"role": "user", "content": "x"}, (0, 9)),))
-    data = context.to_bytes()
+    return _of(context.to_bytes())
+
+
+def _of(data: bytes) -> dict[str, object]:
     size = int.from_bytes(data[:8], "little")
     return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["avp"])  # type: ignore[no-any-return]
 
@@ -49,7 +53,7 @@ def test_a_manifest_comes_back() -> None:
 def test_the_keys_of_messages_and_template_keep_their_order() -> None:
     message = {"role": "user", "content": {"b": 1, "a": 2}, "aa": 3}
     context = kv_context(range(3), turns=(Turn(message),), template={"z": 1, "a": 2})
-    manifest = parse_manifest(json.loads(manifest_to_json(context, [], None)), LIMITS)
+    manifest = parse_manifest(json.loads(manifest_to_json(peek(context.to_bytes()))), LIMITS)
     assert list(manifest.turns[0].message) == ["role", "content", "aa"]
     assert list(manifest.turns[0].message["content"]) == ["b", "a"]  # type: ignore[arg-type]
     assert list(manifest.template) == ["z", "a"]
@@ -106,7 +110,9 @@ def test_a_word_that_this_reader_does_not_know_is_unsupported(path: tuple[object
         (("segments", 0, "count"), [0, -1, 257, 255, 301, 2**63, 256.0, None]),
         (("segments", 1, "start"), [0, 32, 224, 288]),
         (("segments", 0, "pages"), ["", "00" * 256, "zz" * 256, None, 5, "AA" * 256, "0 " * 256, "0" * 511]),
+        (("segments", 0, "parent"), [None, 5, "", "00", "00" * 31, "00" * 33, "zz" * 32, "AA" * 32]),
         (("segments", 0, "codec"), [None, 5, ["raw"]]),
+        (("segments", 0, "engine"), [None, 5, ["transformers"]]),
         (("segments", 0, "digests"), [None, 5, "zz", "0", "AA" * 128]),
         (("segments", 0, "more"), [1]),
         (("hidden",), [5, [], {}, {**HIDDEN, "more": 1}]),
@@ -134,12 +140,19 @@ def test_page_ids_must_follow_from_the_tokens() -> None:
         parse_manifest(_with("segments", 0, "pages", value=lie), LIMITS)
 
 
-def test_page_ids_after_a_gap_are_checked_from_their_second_on() -> None:
-    whole = _manifest(subset(kv_context(range(600)), 1))
-    pages = whole["segments"][0]["pages"]  # type: ignore[index]
-    whole["segments"][0]["pages"] = "0" * 64 + pages[64:]  # type: ignore[index]
-    with pytest.raises(BundleError, match="page at position 288 does not follow"):
-        parse_manifest(whole, LIMITS)
+def test_page_ids_after_a_gap_follow_from_the_parent_that_is_told() -> None:
+    for name in ("pages", "parent"):
+        whole = _manifest(subset(kv_context(range(600)), 1))
+        entry = whole["segments"][0]  # type: ignore[index]
+        entry[name] = "0" * 64 + entry[name][64:]
+        with pytest.raises(BundleError, match="page at position 256 does not follow"):
+            parse_manifest(whole, LIMITS)
+
+
+def test_a_segment_follows_the_one_before_it_and_the_first_the_root() -> None:
+    for number, position in ((0, 0), (1, 256)):
+        with pytest.raises(BundleError, match=f"segment at position {position} does not follow from the page before"):
+            parse_manifest(_with("segments", number, "parent", value="00" * 32), LIMITS)
 
 
 def test_page_ids_of_latent_positions_cannot_be_checked_but_those_after_them_can() -> None:
@@ -171,9 +184,80 @@ def test_a_context_is_as_exact_as_its_worst_segment() -> None:
     assert parse_manifest(_with("exactness", value="text"), LIMITS).exactness is Exactness.TEXT
 
 
+def test_latent_positions_are_approximate_whatever_their_sender_claims() -> None:
+    whole = _manifest(kv_context([*range(256), LATENT]))
+    for part in (whole, *whole["segments"]):  # type: ignore[misc]
+        part["exactness"] = "exact"
+    found = parse_manifest(whole, LIMITS)
+    assert [entry.exactness for entry in found.segments] == [Exactness.EXACT, Exactness.APPROXIMATE]
+    assert found.exactness is Exactness.APPROXIMATE
+
+
 def test_tokens_beyond_the_limit_are_a_limit() -> None:
     with pytest.raises(LimitExceeded, match="300 tokens; at most 299"):
         parse_manifest(WHOLE, Limits(tokens=299))
+
+
+# --- one segment alone
+
+ALONE = _of(bundle_of(kv_context(range(300)), kv_context(range(300)).segments[1]))
+
+
+def _alone(name: str, value: object) -> dict[str, object]:
+    changed = deepcopy(ALONE)
+    changed["segments"][0][name] = value  # type: ignore[index]
+    return changed
+
+
+def test_a_segment_alone_starts_anywhere_and_its_tokens_are_its_own() -> None:
+    found = parse_manifest(ALONE, LIMITS)
+    assert (found.kind, found.tokens, found.length) == ("segment", tuple(range(256, 300)), 44)
+    assert [(entry.start, entry.count, entry.engine) for entry in found.segments] == [(256, 44, "synthetic")]
+    for start in (0, 32, LIMITS.tokens):
+        assert parse_manifest(_alone("start", start), LIMITS).segments[0].start == start
+
+
+def test_a_segment_starts_within_the_limit_of_tokens() -> None:
+    for start in (288, 2**40, 2**63):
+        with pytest.raises(LimitExceeded, match=r"at most 256 is allowed\. Fix: raise Limits\.tokens"):
+            parse_manifest(_alone("start", start), Limits(tokens=256))
+
+
+@pytest.mark.parametrize("start", [1, 31, 257, -32, 2**64, None, 32.0])
+def test_a_segment_starts_at_a_page(start: object) -> None:
+    with pytest.raises(BundleError, match="start"):
+        parse_manifest(_alone("start", start), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("segments", []),
+        ("segments", ALONE["segments"] * 2),  # type: ignore[operator]
+        ("turns", [{"message": {"role": "user"}, "opaque": None}]),
+        ("template", {"a": 1}),
+        ("hidden", HIDDEN),
+        ("length", 0),
+        ("length", 43),
+        ("tokens", [*range(256, 301)]),
+        ("model", None),
+    ],
+)
+def test_a_segment_alone_is_one_and_nothing_else(field: str, value: object) -> None:
+    with pytest.raises(BundleError, match="Fix: "):
+        parse_manifest({**ALONE, field: value}, LIMITS)
+
+
+@pytest.mark.parametrize("count", [0, 1, 32, 43, 45, 256, 2**63])
+def test_a_segment_alone_counts_all_of_its_tokens(count: int) -> None:
+    with pytest.raises(BundleError, match="Fix: "):
+        parse_manifest(_alone("count", count), LIMITS)
+
+
+def test_a_segment_alone_of_another_kind_is_no_context() -> None:
+    for kind in ("kv", "hidden", "tokens", "text"):
+        with pytest.raises(BundleError, match="Fix: "):
+            parse_manifest({**ALONE, "kind": kind}, LIMITS)
 
 
 # --- JSON

@@ -90,11 +90,20 @@ def test_the_fields_are_those_that_the_writer_writes_in_its_order() -> None:
 
 def test_the_words_are_those_of_the_code() -> None:
     fields = {row[0].strip("`"): re.findall(r"`([^`]+)`", row[1]) for row in _rows("field")}
-    assert fields["kind"] == [row[0].strip("`") for row in _rows("kind")] == list(KINDS)
+    assert fields["kind"] == [row[0].strip("`") for row in _rows("kind")] == [*KINDS, "segment"]
     assert fields["segments[].dtype"] == list(STORAGE)
     assert fields["exactness"] == [each.label for each in Exactness]
     assert f"`avp` is {VERSION}. " in PAGE
     assert PAGE.startswith(f"# The bundle, format {VERSION}\n")
+
+
+def test_a_segment_alone_is_as_the_page_says() -> None:
+    for name in ("segment-256", "segment-96", "segment-latent"):
+        manifest = _manifest((HERE / f"golden/{name}.raw.avp").read_bytes())
+        (entry,) = manifest["segments"]  # type: ignore[misc]
+        assert manifest["kind"] == "segment"
+        assert len(manifest["tokens"]) == manifest["length"] == entry["count"]  # type: ignore[arg-type]
+        assert (manifest["turns"], manifest["template"], manifest["hidden"]) == ([], {}, None)
 
 
 def test_the_parts_of_the_codecs_are_those_of_the_code() -> None:

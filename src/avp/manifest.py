@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 from avp.buffers import STORAGE
@@ -317,7 +317,10 @@ def _segments(
             raise BundleError(f"the segments overlap or are out of order at position {entry.start}. {_ASK}")
         if not shift and entry.start == stop and entry.parent != parent:
             raise BundleError(f"the segment at position {stop} does not follow from the page before it. {_ASK}")
-        _check_pages(entry, tokens if shift else tokens[entry.start :])
+        run = tokens if shift else tokens[entry.start : entry.start + entry.count]
+        _check_pages(entry, run)
+        if LATENT in run:  # whatever its sender claims
+            entry = replace(entry, exactness=worst([entry.exactness, Exactness.APPROXIMATE]))
         stop, parent = entry.start + entry.count, entry.pages[-1]
         entries.append(entry)
     return tuple(entries)
@@ -331,7 +334,9 @@ def _segment(item: object, length: int, shift: int) -> SegmentEntry:
         raise BundleError(f"a segment must have just the fields {', '.join(sorted(_FIELDS))}. {_ASK}")
     if not isinstance(item["codec"], str) or not isinstance(item["engine"], str):
         raise BundleError(f"a segment's codec or engine is no string. {_ASK}")
-    start = _int(item["start"], "segment start", 0, shift or length)
+    start = _int(item["start"], "segment start", 0, 2**63 if shift else length)
+    if shift and start > shift:
+        raise LimitExceeded(f"the segment starts at {start}; at most {shift} is allowed. Fix: raise Limits.tokens.")
     count = _int(item["count"], "segment count", 1, min(SEGMENT, length - (0 if shift else start)))
     parent, pages = _hex(item["parent"], "parent"), _hex(item["pages"], "pages")
     if start % PAGE or len(pages) != 32 * -(-count // PAGE) or len(parent) != 32:

@@ -28,14 +28,20 @@ class MemoryFile:
 
     @classmethod
     def create(cls, size: int) -> MemoryFile:
-        """A new one of `size` bytes, all zero; memory is taken only when it is written."""
+        """A new one of `size` bytes, all zero; memory is taken only when it is written. On Linux its size is sealed, so
+        that no mapping of it ever ends before its file does.
+        """
         size = max(size, 1)
         if sys.platform == "linux":
-            fd = os.memfd_create("avp-kv", os.MFD_CLOEXEC)
+            import fcntl
+
+            fd = os.memfd_create("avp-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             path = f"/proc/self/fd/{fd}"
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         else:
             fd, path = tempfile.mkstemp(prefix="avp-kv-")
-        os.ftruncate(fd, size)
+            os.ftruncate(fd, size)
         return cls(fd, size, path)
 
     @classmethod
@@ -86,6 +92,12 @@ class SharedTensors:
     ) -> SharedTensors:
         """The positions [start, stop) of the arena in `file`."""
         return cls(file, layout, dtype, capacity, start, stop, tuple(arena_offsets(layout, dtype, capacity)))
+
+    @property
+    def fits(self) -> bool:
+        """Whether these positions lie in the arena, and the arena in its file."""
+        size = arena_bytes(self.layout, self.dtype, self.capacity)
+        return 0 <= self.start < self.stop <= self.capacity and size <= self.file.size
 
     def read(self, layer: int, part: str) -> Buffer:
         """K or V of a layer, [kv_heads, stop - start, head_dim], a view."""

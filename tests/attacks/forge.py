@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from avp.blob import BundleReader, open_blob, seal
 from avp.bundle import peek, tensor_sizes
 from avp.context import Context, text_context
-from avp.errors import BundleError
+from avp.errors import BundleError, TruncatedBundle
 from avp.identity import identity_from_json
 from avp.manifest import Limits
-from avp.segment import page_id, root_page
+from avp.segment import Segment, page_id, root_page
 from avp.testing import synthetic_context
 
 # Reading a header takes some bytes for each of its own; never more than this, and never more than this beside.
@@ -58,6 +59,18 @@ def take_apart(data: bytes) -> Forgery:
     return Forgery(json.loads(table.pop("__metadata__")["avp"]), table, data[size:])
 
 
+def segment_victim(*, start: int = 256, codec: str = "raw", tokens: int = 40) -> Forgery:
+    """A valid bundle of one segment alone, 2 layers of float32, to be changed."""
+    whole = synthetic_context(tokens=start + tokens, dtype="float32")
+    assert whole.model is not None
+    return take_apart(b"".join(seal(whole.model, _last(whole, start), codec=codec).runs))
+
+
+def _last(whole: Context, start: int) -> Segment:
+    """The positions from `start` on, which lie in the last segment."""
+    return whole.segments[-1].cut(start, len(whole))
+
+
 def victim(*, codec: str = "raw", tokens: int = 40) -> Forgery:
     """A valid bundle of 2 layers of float32, to be changed."""
     return take_apart(synthetic_context(tokens=tokens, dtype="float32").to_bytes(codec=codec))
@@ -80,7 +93,20 @@ class Abuse:
 
 def refused(data: bytes, error: type[BundleError], limits: Limits) -> None:
     """Each way of reading refuses `data` with `error` (or, of the header alone, may accept it), allocating little."""
-    for call, must in ((_now, True), (_lazily, True), (_peek, False), (_sizes, False)):
+    _refused(data, error, limits, {_now: True, _lazily: True, _opened: True, _peek: False, _sizes: False})
+
+
+def segment_refused(data: bytes, error: type[BundleError], limits: Limits) -> None:
+    """As `refused`, of a segment alone, which `Context.from_bytes` never takes."""
+    _refused(data, error, limits, {_opened: True, _streamed: True, _peek: False, _sizes: False})
+    raised, _ = measured(lambda: _now(data, limits))
+    assert raised is not None
+
+
+def _refused(
+    data: bytes, error: type[BundleError], limits: Limits, ways: Mapping[Callable[[bytes, Limits], None], bool]
+) -> None:
+    for call, must in ways.items():
         raised, peak = measured(lambda call=call: call(data, limits))  # type: ignore[misc]
         assert raised is not None or not must, f"{call.__name__} accepts it"
         assert raised is None or isinstance(raised, error), f"{call.__name__}: {raised!r}"
@@ -110,6 +136,12 @@ def check(abuse: Abuse) -> None:
         refused(data, abuse.error, abuse.limits)
 
 
+def check_segment(abuse: Abuse) -> None:
+    """Every variant of an abuse of a segment alone is refused."""
+    for data in abuse.make():
+        segment_refused(data, abuse.error, abuse.limits)
+
+
 def _now(data: bytes, limits: Limits) -> None:
     Context.from_bytes(data, limits=limits)
 
@@ -123,6 +155,19 @@ def _lazily(data: bytes, limits: Limits) -> None:
                 segment.read(layer, part)
 
 
+def _opened(data: bytes, limits: Limits) -> None:
+    open_blob(data, limits=limits).verify()
+
+
+def _streamed(data: bytes, limits: Limits) -> None:
+    """As a bundle that comes over a wire; what ends too early is as good as refused."""
+    reader = BundleReader(limits)
+    bundle, rest = reader.feed(memoryview(data))
+    if bundle is None or rest:
+        raise TruncatedBundle("the stream ends within a bundle. Fix: send all of it.")
+    open_blob(bundle, limits=limits).verify()
+
+
 def _peek(data: bytes, limits: Limits) -> None:
     peek(data, limits=limits)
 
@@ -132,14 +177,17 @@ def _sizes(data: bytes, limits: Limits) -> None:
 
 
 def variants(
-    change: Callable[[Forgery, object], object], values: Sequence[object], **how: object
+    change: Callable[[Forgery, object], object],
+    values: Sequence[object],
+    *,
+    of: Callable[[], Forgery] = victim,
 ) -> Callable[[], list[bytes]]:
     """One forgery for each value."""
 
     def make() -> list[bytes]:
         made = []
         for value in values:
-            forgery = victim(**how)  # type: ignore[arg-type]
+            forgery = of()
             change(forgery, value)
             made.append(bytes(forgery))
         return made
@@ -164,6 +212,7 @@ def honest_pages(forgery: Forgery) -> None:
     parent = root_page(identity_from_json(forgery.manifest["model"], max_layers=2**20))
     tokens: Sequence[int] = forgery.manifest["tokens"]  # type: ignore[assignment]
     for entry in forgery.manifest["segments"]:  # type: ignore[attr-defined]
+        entry["parent"] = parent
         pages = []
         stop = entry["start"] + entry["count"]
         for start in range(entry["start"], stop, 32):

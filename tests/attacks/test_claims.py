@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from avp.errors import BundleError, UnsupportedBundle
+from avp.segment import page_ids
 from avp.testing import synthetic_context
 
 from .forge import Abuse, Forgery, check, field_of, text_victim, variants, victim
@@ -51,6 +54,14 @@ def _overlap() -> list[bytes]:
     again = victim(tokens=300)
     again.manifest["segments"] = [again.segment(0), again.segment(0)]
     return [bytes(forgery), bytes(again)]
+
+
+def _foreign_parent() -> list[bytes]:
+    """A parent and page ids that agree with each other, of a tenant's chain."""
+    forgery = victim(tokens=300)
+    tokens: Sequence[int] = forgery.manifest["tokens"][256:]  # type: ignore[index]
+    forgery.segment(1).update(parent="ab" * 32, pages="".join(page_ids("ab" * 32, tokens)))
+    return [bytes(forgery)]
 
 
 def _second_without_digests() -> list[bytes]:
@@ -116,6 +127,13 @@ ABUSES = [
         variants(field_of("turns", 0, "message"), [None, [], "x", {"role": 5}]),
         BundleError,
     ),
+    Abuse(
+        "a parent that is not the page before",
+        variants(field_of("segments", 0, "parent"), ["00" * 32, "", "zz", "AA" * 32, None, 5]),
+        BundleError,
+    ),
+    Abuse("a second segment that does not follow from the first", _foreign_parent, BundleError),
+    Abuse("an engine that is no string", variants(field_of("segments", 0, "engine"), [None, 5, [], {}]), BundleError),
     Abuse("segments that overlap or run backwards", _overlap, BundleError),
     Abuse("a segment between two pages", variants(field_of("segments", 0, "start"), [1, 31, -32]), BundleError),
     Abuse(

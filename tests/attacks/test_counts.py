@@ -54,6 +54,7 @@ def _implied(layers: int, segments: int) -> Forgery:
     forgery.manifest["length"] = 32 * segments
     one = {**forgery.segment(), "count": 1}
     forgery.manifest["segments"] = [{**one, "start": 32 * number, "digests": ""} for number in range(segments)]
+    honest_pages(forgery)
     forgery.table = {}
     forgery.payload = b""
     return forgery

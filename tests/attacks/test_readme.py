@@ -6,12 +6,13 @@ import importlib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FAMILIES = ("truncation", "offsets", "counts", "json", "claims", "bombs", "files")
+FAMILIES = ("truncation", "offsets", "counts", "json", "claims", "bombs", "files", "segments")
 INTRO = """# Abuses
 
 What a bundle must not do to its reader. Every row is a test in the file of its family: the bundle is refused by
-`from_bytes` with either `verify`, `peek` allocates no more than 40 bytes for each that came, and the error says what is
-wrong and how to fix it. Memory is counted with tracemalloc, never timed.
+`from_bytes` with either `verify` (a segment alone by `open_blob`, whole and out of a stream), reading allocates no more
+than 40 bytes for each that came, and the error says what is wrong and how to fix it. Memory is counted with
+tracemalloc, never timed.
 
 | family | abuse | verdict | error |
 |---|---|---|---|

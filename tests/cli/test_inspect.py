@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from avp.blob import seal
 from avp.buffers import Buffer
 from avp.bundle import header_size, pack
 from avp.cli import cli, main
@@ -74,14 +76,8 @@ def test_json_says_all_that_the_header_says(bundle: Path, context: Context) -> N
         "kind": "kv",
         "exactness": "exact",
     }
-    assert {key: found[key] for key in ("tokens", "positions", "pending", "latent", "absent", "layers")} == {
-        "tokens": 302,
-        "positions": 300,
-        "pending": 2,
-        "latent": 0,
-        "absent": 0,
-        "layers": 3,
-    }
+    counts = {"tokens": 302, "positions": 300, "pending": 2, "latent": 0, "absent": 0, "layers": 3}
+    assert {key: found[key] for key in counts} == counts
     assert found["bytes_per_token"] == context.model.layout.bytes_per_token("bfloat16") == 192
     assert found["messages"] == [
         {"role": "user", "characters": 8, "opaque": None},
@@ -105,6 +101,7 @@ def test_segments_show_what_they_take_and_what_they_would_take_raw(tmp_path: Pat
     assert sum(each["stored_bytes"] for each in segments) == found["tensor_bytes"]
     for each in segments:
         assert (each["codec"], each["dtype"], each["exactness"]) == ("lossless", "bfloat16", "exact")
+        assert each["engine"] == "synthetic"
         assert each["ratio"] == pytest.approx(each["stored_bytes"] / each["raw_bytes"], abs=1e-4)
         assert each["ratio"] < 0.9
 
@@ -112,8 +109,8 @@ def test_segments_show_what_they_take_and_what_they_would_take_raw(tmp_path: Pat
 def test_the_tables_show_the_same_and_nothing_of_the_prompt(bundle: Path, context: Context) -> None:
     shown = run(str(bundle)).stdout
     assert context.model is not None
-    for word in ("synthetic", context.model.weights, "assistant", "bfloat16", "57,600 bytes", "100.0 %", "as declared"):
-        assert word in shown
+    words = ("synthetic", context.model.weights, "assistant", "bfloat16", "57,600 bytes", "100.0 %", "as declared")
+    assert all(word in shown for word in words)
     for hidden in ("secret", "kept", str(context.tokens[0])):
         assert hidden not in shown
         assert hidden not in run("--json", str(bundle)).stdout.replace(context.model.weights, "")
@@ -124,6 +121,41 @@ def test_segments_that_are_not_here_are_counted(tmp_path: Path, context: Context
     replace(context, segments=context.segments[1:]).save(path)
     assert document(path)["absent"] == 256
     assert "300 (256 not in this bundle)" in run(str(path)).stdout
+
+
+@pytest.mark.parametrize("codec", ["raw", "lossless"])
+def test_a_segment_alone_shows_where_it_lies_and_what_computed_it(tmp_path: Path, context: Context, codec: str) -> None:
+    path = tmp_path / "segment.avp"
+    assert context.model is not None
+    blob = seal(context.model, replace(context.segments[1], engine="an engine"), codec=codec)
+    path.write_bytes(b"".join(blob.runs))
+    found = document(path)
+    assert found["kind"] == "segment"
+    assert [found[each] for each in ("tokens", "positions", "pending", "absent")] == [44, 44, 0, 0]
+    assert (found["messages"], found["size_check"]) == ([], "ok")
+    (segment,) = found["segments"]  # type: ignore[misc]
+    assert (segment["start"], segment["count"], segment["pages"]) == (256, 44, 2)
+    assert (segment["codec"], segment["engine"], segment["raw_bytes"]) == (codec, "an engine", 44 * 192)
+    shown = run(str(path)).stdout
+    assert "44 (256 to 300 of a context)" in shown
+    assert all(word in shown for word in ("segment", "an engine", codec))
+    assert "MESSAGE" not in shown
+
+
+@pytest.mark.parametrize(("engines", "shown"), [(("a", "llamacpp"), "a, llamacpp"), (("a", "a"), "a")])
+def test_every_engine_is_named_once(tmp_path: Path, context: Context, engines: tuple[str, str], shown: str) -> None:
+    path = tmp_path / "state.avp"
+    parts = tuple(replace(each, engine=engine) for each, engine in zip(context.segments, engines, strict=True))
+    replace(context, segments=parts).save(path)
+    assert re.search(rf"^engine +{shown} *$", run(str(path)).stdout, re.M)
+
+
+def test_an_engines_name_does_not_reach_the_terminal_raw(tmp_path: Path, context: Context) -> None:
+    path = tmp_path / "state.avp"
+    replace(context, segments=(replace(context.segments[0], engine="\x1b[2Jx"),)).save(path)
+    shown = run(str(path)).stdout
+    assert "\x1b" not in shown
+    assert r"\x1b" in shown
 
 
 def test_hidden_states_are_shown(tmp_path: Path, context: Context) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import xxhash
 from blake3 import blake3
 
+from avp.blob import seal
 from avp.buffers import Buffer
 from avp.bundle import header_size
 from avp.context import Context, Turn, text_context
@@ -91,13 +92,36 @@ def contexts() -> dict[str, Context]:
     }
 
 
+def alone() -> dict[str, Context]:
+    """Every golden segment, by name: a context that holds its tokens and nothing else."""
+    long = contexts()["long"]
+    latent = contexts()["latent"]
+    parts = {
+        "segment-256": (long, long.segments[1]),
+        "segment-96": (long, long.segments[0].cut(96, 140)),
+        "segment-latent": (latent, latent.segments[0]),
+    }
+    return {
+        name: Context("segment", whole.model, part.tokens, len(part), segments=(part,), exactness=part.exactness)
+        for name, (whole, part) in parts.items()
+    }
+
+
 def bundles() -> dict[str, tuple[Context, str]]:
     """File name -> context and codec; those without KV are the same under any codec."""
     named: dict[str, tuple[Context, str]] = {}
-    for name, context in contexts().items():
+    for name, context in (contexts() | alone()).items():
         for codec in CODECS if context.segments else CODECS[:1]:
             named[f"{name}.{codec}.avp"] = (context, codec)
     return named
+
+
+def written(context: Context, codec: str) -> bytes:
+    """The bundle."""
+    if context.kind != "segment":
+        return context.to_bytes(codec=codec)
+    assert context.model is not None
+    return b"".join(seal(context.model, context.segments[0], codec=codec).runs)
 
 
 def decoded(context: Context) -> dict[str, str]:
@@ -127,6 +151,10 @@ def vector(name: str, context: Context, codec: str, data: bytes) -> dict[str, ob
         "length": context.length,
         "exactness": context.exactness.label,
         "text": context.text,
+        "segments": [
+            {"start": each.start, "count": len(each), "parent": each.parent, "engine": each.engine}
+            for each in context.segments
+        ],
         "pages": [page for segment in context.segments for page in segment.pages],
         "tensors": [
             {
@@ -147,7 +175,7 @@ def main() -> None:
     """Write everything."""
     vectors = []
     for name, (context, codec) in bundles().items():
-        data = context.to_bytes(codec=codec)
+        data = written(context, codec)
         (HERE / name).write_bytes(data)
         vectors.append(vector(name, context, codec, data))
     rows = ",\n".join(json.dumps(each, ensure_ascii=False) for each in vectors)

@@ -47,13 +47,14 @@ class _Message:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """`pages` is their number; `ratio` is stored over raw bytes."""
+    """`pages` is their number; `engine` computed it; `ratio` is stored over raw bytes."""
 
     start: int
     count: int
     pages: int
     codec: str
     dtype: str
+    engine: str
     exactness: str
     stored_bytes: int
     raw_bytes: int
@@ -72,9 +73,9 @@ class Inspection:
     """What a header says; the JSON document of `avp inspect --json` has these fields.
 
     `tokens` counts ids: `positions` of them are computed, `latent` of these have no id, `pending` follow. `absent`
-    positions have KV at the sender, but not in this bundle. `bytes_per_token` is of raw KV in the widest dtype here,
-    None without KV. `file_bytes` is None where the source is no regular file; `size_check` is then "unknown", else
-    "ok", "truncated" or "trailing".
+    positions have KV at the sender, but not in this bundle. Of kind "segment", all of them are that segment's own.
+    `bytes_per_token` is of raw KV in the widest dtype here, None without KV. `file_bytes` is None where the source is
+    no regular file; `size_check` is then "unknown", else "ok", "truncated" or "trailing".
     """
 
     file: str
@@ -214,6 +215,7 @@ def _segments(manifest: Manifest, sizes: dict[str, int]) -> tuple[_Segment, ...]
                 len(entry.pages),
                 entry.codec,
                 entry.dtype,
+                entry.engine,
                 entry.exactness.label,
                 size,
                 raw,
@@ -275,6 +277,8 @@ def _fact_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "weights", inspection.model.weights
         yield "tokenizer", inspection.model.tokenizer
         yield "layers", str(inspection.layers)
+    if inspection.segments:
+        yield "engine", ", ".join(dict.fromkeys(segment.engine for segment in inspection.segments))
     yield "exactness", inspection.exactness
     yield "tokens", str(inspection.tokens)
     yield "positions", _positions(inspection)
@@ -291,6 +295,9 @@ def _fact_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
 
 def _positions(inspection: Inspection) -> str:
     notes = [f"{inspection.latent} latent"] if inspection.latent else []
+    if inspection.kind == "segment":
+        start = inspection.segments[0].start
+        notes.append(f"{start} to {start + inspection.positions} of a context")
     notes += [f"{inspection.absent} not in this bundle"] if inspection.absent else []
     return f"{inspection.positions}" + (f" ({', '.join(notes)})" if notes else "")
 

@@ -1,0 +1,1 @@
+"""The forms that others speak, read and written."""
