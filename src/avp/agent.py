@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,7 +20,7 @@ from avp.portal import PORTAL
 from avp.protocols import Connector, Prompt, Store, TextStream
 from avp.receipt import Generation
 from avp.remote import AsyncRemote, Own
-from avp.security import Security, Tenant
+from avp.security import Caller, Security, Tenant
 from avp.segment import Exactness
 from avp.session import Quota
 from avp.stores import open_store
@@ -50,7 +51,7 @@ class Agent:
     ) -> None:
         self.name = name
         self.connector = connector
-        self.store: Store = open_store(store) if isinstance(store, str) else store or MemoryStore()
+        self.store: Store = open_store(store) if isinstance(store, str) else MemoryStore() if store is None else store
         self.security = security or Security()
         floor = Exactness.parse(accept)
         limits = limits or Limits()
@@ -58,6 +59,7 @@ class Agent:
         rules = Rules(limits, floor, quota or Quota(), self.security, tuple(peers))
         self.endpoint = AgentEndpoint(connector, name=name, store=self.store, rules=rules, pull=self._pull)
         self._remotes: dict[str, Remote] = {}
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Agent {self.name}, {self.connector.identity.describe() if self.connector else 'no model'}>"
@@ -170,7 +172,8 @@ class Agent:
     def connect_async(self, to: Agent | str) -> AsyncRemote:
         """As `connect`, for use in one event loop."""
         if isinstance(to, Agent):
-            return AsyncRemote(DirectChannel(to.endpoint), to.url, own=self.own)
+            channel = DirectChannel(to.endpoint, caller=Caller(self.own.tenant))
+            return AsyncRemote(channel, to.url, own=self.own)
         return connect_async(to, own=self.own, security=self.security)
 
     @property
@@ -182,9 +185,10 @@ class Agent:
         if isinstance(to, Remote):
             return to.on_behalf_of(self.own)
         key = to if isinstance(to, str) else f"agent:{id(to)}"
-        if key not in self._remotes:
-            self._remotes[key] = self.connect(to)
-        return self._remotes[key].on_behalf_of(self.own)
+        with self._lock:
+            if key not in self._remotes:
+                self._remotes[key] = self.connect(to)
+            return self._remotes[key].on_behalf_of(self.own)
 
     async def _pull(self, url: str, handle: str, tenant: Tenant) -> Context:
         """Fetch what a caller's handle stands for from the agent that keeps it, into the caller's part of the store."""

@@ -10,10 +10,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from avp import registry
 from avp.blob import Blob, seal
 from avp.context import Context, Turn
 from avp.errors import BundleError, UsageError
-from avp.handshake import Hello
+from avp.handshake import Agreement, Hello
 from avp.identity import ModelIdentity
 from avp.protocols import Event, Store
 from avp.security import Tenant
@@ -137,6 +138,21 @@ def outline_from_items(event: Event, skeleton: object, *, salt: bytes) -> Outlin
     return Outline(skeleton, pages, _grades(event.get("grades"), count), engine, dtype)
 
 
+def check_outline(given: Outline, sender: Hello, agreement: Agreement) -> None:
+    """Whether what was announced is what the sender's hello and the agreement let expect.
+
+    Raises:
+        BundleError: another kind, or other weights.
+    """
+    skeleton = given.skeleton
+    if skeleton.kind != agreement.mode:
+        raise BundleError(
+            f"a context of kind {skeleton.kind} came where {agreement.mode} was agreed. Fix: shake hands again."
+        )
+    if skeleton.model is not None and (sender.model is None or not skeleton.model.same_weights(sender.model)):
+        raise BundleError("a context of other weights came than the handshake named. Fix: shake hands again.")
+
+
 def _given_pages(value: object, count: int) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) != count or not all(map(_is_page, value)):
         raise BundleError(f"an outline with latent positions has not {count} page ids. {_ASK}")
@@ -179,6 +195,11 @@ def to_ranges(indices: Iterable[int]) -> Ranges:
         else:
             ranges.append((index, index + 1))
     return tuple(ranges)
+
+
+def pages_of(ranges: Ranges) -> list[int]:
+    """The numbers in the ranges."""
+    return [index for start, stop in ranges for index in range(start, stop)]
 
 
 def ranges_from_json(value: object, count: int) -> Ranges:
@@ -228,8 +249,11 @@ def check_piece(blob: Blob, given: Outline, *, least: Exactness) -> None:
         raise BundleError(f"the segment at position {segment.start} is none of this context. {_ASK}")
     if first and segment.parent != given.pages[first - 1]:
         raise BundleError(f"the segment at position {segment.start} follows another page. {_ASK}")
+    if segment.tokens != given.skeleton.tokens[segment.start : min(segment.stop, len(given.skeleton))]:
+        raise BundleError(f"the segment at position {segment.start} is of other tokens. {_ASK}")
     grade = [grade for start, grade in given.grades if start <= first][-1]
-    if (segment.engine, segment.dtype) != (given.engine, given.dtype) or segment.exactness > worst([least, grade]):
+    exactness = worst([segment.exactness, registry.codec(blob.entry.codec).exactness])  # whatever it claims
+    if (segment.engine, segment.dtype) != (given.engine, given.dtype) or exactness > worst([least, grade]):
         raise BundleError(f"the segment at position {segment.start} is of another engine, dtype or class. {_ASK}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 
 from avp.protocols import Endpoint, Item, Meter
@@ -19,20 +19,19 @@ class DirectChannel:
     @asynccontextmanager
     async def call(self, verb: str, items: AsyncIterable[Item], *, meter: Meter) -> AsyncIterator[AsyncIterator[Item]]:
         """See `Channel.call`; nothing goes over a socket, so `meter` stays as it is."""
-        answer = self._endpoint.answer(verb, aiter(items), caller=self._caller)
-        try:
+        given = aiter(items)
+        async with ended(given), ended(self._endpoint.answer(verb, given, caller=self._caller)) as answer:
             yield answer
-        finally:
-            await _close(answer)
-            await _close(aiter(items))
 
     async def close(self) -> None:
         """Nothing to end."""
 
 
-async def _close(items: AsyncIterator[Item]) -> None:
-    """End a generator that was left early."""
-    from collections.abc import AsyncGenerator
-
-    if isinstance(items, AsyncGenerator):
-        await items.aclose()
+@asynccontextmanager
+async def ended(items: AsyncIterator[Item]) -> AsyncIterator[AsyncIterator[Item]]:
+    """The items; a generator of them is ended with the block."""
+    try:
+        yield items
+    finally:
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()

@@ -9,9 +9,19 @@ from time import perf_counter
 
 from avp.blob import Blob, seal
 from avp.context import Context
-from avp.delta import Outline, Ranges, assemble, check_piece, missing, outline_from_items, to_ranges
+from avp.delta import (
+    Outline,
+    Ranges,
+    assemble,
+    check_outline,
+    check_piece,
+    missing,
+    outline_from_items,
+    pages_of,
+    to_ranges,
+)
 from avp.endpoint.giving import without_salt
-from avp.errors import BundleError, ConnectionFailed
+from avp.errors import BundleError, ConnectionFailed, SegmentMissing
 from avp.greeting import agreement_to_json, hello_from_json
 from avp.handshake import Agreement, negotiate
 from avp.protocols import Event, Store
@@ -79,6 +89,7 @@ class Fetch:
                 "the two ends computed different agreements from the same hellos. "
                 "Fix: run the same version of avp at both."
             )
+        check_outline(given, sender, agreement)
         return agreement
 
     def _local(self, theirs: Outline) -> Outline:
@@ -93,8 +104,7 @@ class Fetch:
         every: Ranges = ((0, len(ours.pages)),) if ours.pages else ()
         if self._store is not None and self._agreement is not None:
             every = missing(ours, self._store, tenant=self._tenant.name, least=self._agreement.exactness)
-        indices = [index for start, stop in every for index in range(start, stop)]
-        return to_ranges(index for index in indices if ours.pages[index] not in self._came)
+        return to_ranges(index for index in pages_of(every) if ours.pages[index] not in self._came)
 
     async def _take(self, theirs: Outline, ours: Outline, lacking: Ranges) -> None:
         started = perf_counter()
@@ -134,8 +144,10 @@ class Fetch:
             raise ConnectionFailed("the fetch has no agreement. Fix: shake hands first.")
 
         def find(page: str, want: Want) -> Blob:
-            if page in self._came or self._store is None:
+            if page in self._came:
                 return self._came[page]
+            if self._store is None:
+                raise SegmentMissing(f"page {page[:12]}… was asked for and did not come. Fix: fetch it again.")
             return self._store.get(page, tenant=self._tenant.name, want=want)
 
         return assemble(ours, find, least=agreement.exactness)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from math import isfinite
 
 from avp.buffers import STORAGE
 from avp.errors import UsageError
@@ -14,6 +13,7 @@ from avp.manifest import Limits
 from avp.segment import Exactness
 
 _LONGEST = 256  # characters of a name, items of a list
+_RATES = (1e-9, 1e18)  # what a rate or ratio may be, so that estimates made of it stay finite
 
 
 def hello_to_json(hello: Hello) -> dict[str, object]:
@@ -85,12 +85,14 @@ def _verdict(verdict: Verdict) -> dict[str, object]:
 def _codec(value: object) -> CodecOffer:
     given = _object(value, {field.name for field in fields(CodecOffer)}, "codec")
     records = tuple(
-        Record(str(each["weights"]), *(_number(each[name], name) for name in ("perplexity", "top1", "continuations")))
+        Record(_name(each, "weights"), *(_number(each[name], name) for name in ("perplexity", "top1", "continuations")))
         for each in (
             _object(item, {field.name for field in fields(Record)}, "record") for item in _list(given, "records")
         )
     )
-    ratio = _number(given["ratio"], "ratio")
+    ratio = _rate(given, "ratio")
+    if ratio is None:
+        raise _bad("ratio", ratio)
     return CodecOffer(
         _name(given, "name"), Exactness.parse(_name(given, "exactness")), ratio, _rate(given, "rate"), records
     )
@@ -139,13 +141,13 @@ def _whole(value: object, name: str) -> int:
 
 
 def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _RATES[1]:
         raise _bad(name, value)
     return float(value)
 
 
 def _rate(given: Mapping[str, object], name: str) -> float | None:
     value = None if given[name] is None else _number(given[name], name)
-    if value is not None and value <= 0:
+    if value is not None and not _RATES[0] <= value <= _RATES[1]:
         raise _bad(name, value)
     return value

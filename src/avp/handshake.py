@@ -8,7 +8,7 @@ or, with the policy "fastest", the one after which the receiver can go on soones
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from avp.errors import NoAgreement
 from avp.identity import ModelIdentity
@@ -212,14 +212,16 @@ def _weights(ours: ModelIdentity, theirs: ModelIdentity) -> str:
 
 def _codecs(sender: Hello, receiver: Hello, grade: Exactness) -> tuple[list[CodecOffer], list[str]]:
     """Codecs that both have and the receiver's floor allows, in the sender's order; the others' reasons."""
-    known = {codec.name for codec in receiver.codecs}
+    known = {codec.name: codec.exactness for codec in receiver.codecs}
     floor = min(sender.accept, receiver.accept)
     good: list[CodecOffer] = []
     refused: list[str] = []
-    for codec in sender.codecs:
-        if codec.name not in known:
-            refused.append(f"{receiver.agent} does not read {codec.name}")
-        elif worst([grade, codec.exactness]) > floor:
+    for offer in sender.codecs:
+        if offer.name not in known:
+            refused.append(f"{receiver.agent} does not read {offer.name}")
+            continue
+        codec = replace(offer, exactness=worst([offer.exactness, known[offer.name]]))  # no better than either says
+        if worst([grade, codec.exactness]) > floor:
             refused.append(f"{codec.name} is {codec.exactness.label}")
         elif codec.exactness is not Exactness.EXACT and not _proven(codec, sender, receiver.floor):
             refused.append(f"{codec.name} has no record for these weights that meets {receiver.agent}'s floor")

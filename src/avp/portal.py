@@ -65,11 +65,12 @@ async def within(work: Coroutine[object, object, T], seconds: float | None, what
     Raises:
         TimedOut: it took longer; it was cancelled.
     """
+    limit = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds):
+        async with limit:
             return await work
     except TimeoutError as error:
-        if isinstance(error, TimedOut):
+        if isinstance(error, TimedOut) or not limit.expired():
             raise
         raise TimedOut(
             f"{what} took longer than {seconds:g} s and was ended. "

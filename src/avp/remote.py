@@ -19,7 +19,7 @@ from avp.fetching import Fetch
 from avp.folders import cache_dir
 from avp.greeting import hello_from_json, hello_to_json
 from avp.handle import Handle
-from avp.handshake import CodecOffer, Hello, negotiate
+from avp.handshake import Agreement, CodecOffer, Hello, negotiate
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity
 from avp.manifest import Limits
 from avp.portal import within
@@ -147,19 +147,18 @@ class AsyncRemote:
         tally = Tally()
         hello = self._sender(context, accept=accept, policy=policy, codec=codec)
         try:
-            event, context = await self._send(hello, context, steps, tally)
+            event, context, agreement = await self._send(hello, context, steps, tally)
         except HandleExpired:  # the session's time was over
             self._links.pop(hello, None)
-            event, context = await self._send(hello, context, steps, tally)
+            event, context, agreement = await self._send(hello, context, steps, tally)
         tally.add("total", started)
-        agreement = negotiate(hello, self._links[hello].theirs, tokens=len(context.tokens))
         if tally.meter.sent > _WORTH and tally.seconds.get("send"):
             self.bandwidth = tally.meter.sent / tally.seconds["send"]
         return self._handle(event, receipt(agreement, context, tally))
 
     async def _send(
         self, hello: Hello, context: Context, steps: Iterator[Context] | None, tally: Tally
-    ) -> tuple[Event, Context]:
+    ) -> tuple[Event, Context, Agreement]:
         link = await self._link(hello, tally)
         agreement = negotiate(hello, link.theirs, tokens=len(context.tokens))
         with span("hand_over", mode=agreement.mode, tokens=len(context.tokens)):
@@ -168,12 +167,12 @@ class AsyncRemote:
                 made = (connector.engine, connector.dtype)
                 event, context = await send_growing(link, context, steps, made, agreement, tally)
                 await self._store(context)
-                return event, context
+                return event, context, agreement
             same = link.salt == self.own.tenant.salt
             event = await send(link, context, agreement, tally, keep=self._keep if same else None)
             if not same:
                 await self._store(context)
-            return event, context
+            return event, context, agreement
 
     def _keep(self, blob: Blob) -> None:
         if self.own.store is not None:
@@ -239,9 +238,19 @@ class AsyncRemote:
         hello = self._receiver(accept)
         tally = Tally()
 
-        async def work() -> tuple[Context, Receipt]:
+        async def attempt() -> tuple[Context, Receipt]:
             fetch = Fetch(await self._link(hello, tally), str(handle), self.own.store, self.own.tenant, tally)
             return await fetch.run()
+
+        async def work() -> tuple[Context, Receipt]:
+            known = self._links.get(hello)
+            try:
+                return await attempt()
+            except HandleExpired:
+                if known is None:
+                    raise
+                self._links.pop(hello, None)  # it may have been the session
+                return await attempt()
 
         return await within(work(), timeout, "the fetch")
 
@@ -253,7 +262,9 @@ class AsyncRemote:
         """Begin the handle's time again; the seconds it lives now. Raises HandleExpired."""
         event = await within(ask(self._channel, "renew", [{"handle": str(handle)}], Meter()), timeout, "renew")
         ttl = event.get("ttl")
-        return float(ttl) if isinstance(ttl, int | float) else 0.0
+        if not _is_seconds(ttl):
+            raise ConnectionFailed("a renewal was answered without its time. Fix: run the same version of avp at both.")
+        return float(str(ttl))
 
     async def revoke(self, handle: Handle | str, *, timeout: float | None = _SHORT) -> None:
         """End a handle; the KV stays in the store, where only the tenant finds it. Raises HandleExpired."""
@@ -268,7 +279,7 @@ class AsyncRemote:
             event = await ask(self._channel, "hello", [{"hello": hello_to_json(hello)}], tally.meter)
             theirs = hello_from_json(event.get("hello"), limits=self.own.limits)
             session, salt = event.get("session"), event.get("salt")
-            if not isinstance(session, str) or not isinstance(salt, str):
+            if not isinstance(session, str) or not isinstance(salt, str) or not _is_hex(salt):
                 raise ConnectionFailed("the handshake was answered without a session. Fix: upgrade the other end.")
             self._links[hello] = Link(self._channel, session, bytes.fromhex(salt), hello, theirs)
             tally.add("hello", started)
@@ -288,7 +299,7 @@ class AsyncRemote:
             modes=sendable(context),
             codecs=_offers(codec),
             limits=self.own.limits,
-            bandwidth=self.bandwidth if policy == "fastest" else None,
+            bandwidth=_rounded(self.bandwidth) if policy == "fastest" else None,
             accept=self.own.accept if accept is None else Exactness.parse(accept),
             policy=policy,
         )
@@ -308,9 +319,22 @@ class AsyncRemote:
 
     def _handle(self, event: Event, done: Receipt | None) -> Handle:
         name, length, ttl = event.get("handle"), event.get("length"), event.get("ttl")
-        if not isinstance(name, str) or not isinstance(length, int) or not isinstance(ttl, int | float):
+        if not isinstance(name, str) or type(length) is not int or not 0 <= length < 2**31 or not _is_seconds(ttl):
             raise ConnectionFailed("no handle came where one was due. Fix: run the same version of avp at both ends.")
-        return Handle(name, self.url, length, Exactness.parse(str(event.get("exactness"))), float(ttl), done)
+        return Handle(name, self.url, length, Exactness.parse(str(event.get("exactness"))), float(str(ttl)), done)
+
+
+def _is_hex(value: str) -> bool:
+    return len(value) <= 128 and len(value) % 2 == 0 and set(value) <= set("0123456789abcdef")
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _rounded(rate: float | None) -> float | None:
+    """To one digit: every other hello opens another session."""
+    return None if rate is None else float(f"{rate:.0e}")
 
 
 def _offers(codec: str | None) -> tuple[CodecOffer, ...]:

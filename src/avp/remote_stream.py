@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from types import MappingProxyType
 
 from avp.errors import ConnectionFailed, TimedOut
@@ -51,16 +52,27 @@ class RemoteStream:
         await self._pieces.aclose()
 
     async def _run(self) -> AsyncGenerator[str]:
+        end = None if self._timeout is None else asyncio.get_running_loop().time() + self._timeout
+        async with aclosing(self._far()) as pieces:
+            # Only the wait for a piece is bounded: what the reader does between two is not ours to cancel.
+            while (piece := await self._next(pieces, end)) is not None:
+                yield piece
+
+    async def _far(self) -> AsyncGenerator[str]:
+        event = await self._start()
+        async with self._channel.call("generate", each([event]), meter=self._meter) as answer:
+            async for item in answer:
+                piece = self._read(item)
+                if piece:
+                    yield piece
+
+    async def _next(self, pieces: AsyncGenerator[str], end: float | None) -> str | None:
+        limit = asyncio.timeout_at(end)
         try:
-            async with asyncio.timeout(self._timeout):
-                event = await self._start()
-                async with self._channel.call("generate", each([event]), meter=self._meter) as answer:
-                    async for item in answer:
-                        piece = self._read(item)
-                        if piece:
-                            yield piece
+            async with limit:
+                return await anext(pieces, None)
         except TimeoutError as error:
-            if isinstance(error, TimedOut):
+            if isinstance(error, TimedOut) or not limit.expired():
                 raise
             raise TimedOut(
                 f"the generation took longer than {self._timeout:g} s and was ended. Fix: pass a longer timeout."
@@ -96,7 +108,7 @@ class RemoteStream:
                 receipt=receipt,
                 finish_reason=str(value["finish_reason"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConnectionFailed(f"a result came that lacks {error}. {_ASK}") from error
 
 

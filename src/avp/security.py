@@ -42,7 +42,7 @@ class Security:
     token: sent by a client. tokens: token -> tenant, checked by a server; empty: everybody is the nameless tenant.
     ca: file of the authorities that sign the other end (None: the system's; a server with `ca` demands client
     certificates). cert, key: PEM files of one's own certificate. insecure: a server may listen beyond loopback without
-    tokens or client certificates.
+    tokens or client certificates. http2: HTTP/2 as well as HTTP/1.1; over plain http a client then speaks nothing else.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -51,6 +51,7 @@ class Security:
     cert: Path | None = None
     key: Path | None = None
     insecure: bool = False
+    http2: bool = False
 
     @property
     def authenticates(self) -> bool:
@@ -65,11 +66,15 @@ class Security:
         """
         if not self.tokens:
             return Tenant()
-        given = (token or "").encode()
-        found = [tenant for known, tenant in self.tokens.items() if hmac.compare_digest(known.encode(), given)]
+        given = _bytes(token or "")
+        found = [tenant for known, tenant in self.tokens.items() if known and hmac.compare_digest(_bytes(known), given)]
         if not found:
             raise AccessDenied(
                 f"the endpoint wants a bearer token and {'this one is not known' if token else 'none came'}. "
                 "Fix: connect with token=…, or set AVP_TOKEN."
             )
         return found[0]
+
+
+def _bytes(token: str) -> bytes:
+    return token.encode(errors="surrogatepass")

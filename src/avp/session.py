@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -83,6 +83,7 @@ class Handles:
         self._clock = clock
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
+        self._unnamed: dict[Tenant, Session] = {}  # of callers that shook no hands
         self._held: dict[str, _Held] = {}
         self._uses: Counter[tuple[str, str]] = Counter()  # handles by (tenant, page)
         self._bytes: Counter[str] = Counter()  # by tenant
@@ -101,6 +102,16 @@ class Handles:
                 )
             session = Session(secrets.token_urlsafe(32), tenant, hello, own, self._clock() + self.quota.ttl)
             self._sessions[session.id] = session
+            return session
+
+    def unnamed(self, tenant: Tenant) -> Session:
+        """The one session of all callers of a tenant that shook no hands. Raises as `open`."""
+        with self._lock:
+            self._sweep()
+            session = self._unnamed.get(tenant)
+            if session is None or session.id not in self._sessions:
+                session = self._unnamed[tenant] = self.open(tenant)
+            session.expires = self._clock() + self.quota.ttl
             return session
 
     def session(self, name: str, tenant: Tenant) -> Session:
@@ -132,9 +143,10 @@ class Handles:
             name = secrets.token_urlsafe(32)
             sizes = _sizes(context, name)
             tenant = session.tenant.name
-            new = sum(size for page, size in sizes.items() if not self._uses[tenant, page])
-            self._make_room(tenant, new)
+            self._make_room(tenant, sum(sizes.values()), sizes)
             now = self._clock()
+            session.expires = now + self.quota.ttl
+            self._sessions[session.id] = session  # a call of it is under way: its time is not over
             self._held[name] = _Held(context, session, now + self.quota.ttl, sizes, now)
             for page, size in sizes.items():
                 if not self._uses[tenant, page]:
@@ -181,7 +193,7 @@ class Handles:
         """
         with self._lock:
             self._sweep()
-            self._make_room(tenant.name, nbytes)
+            self._make_room(tenant.name, nbytes, {})
             self._bytes[tenant.name] += nbytes
             reservation = Reservation(tenant.name, nbytes, self)
             self._reserved.add(id(reservation))
@@ -240,8 +252,10 @@ class Handles:
         ]:
             self._drop(name)
 
-    def _make_room(self, tenant: str, nbytes: int) -> None:
-        """Evict until `nbytes` more fit the tenant's quota and the whole memory."""
+    def _make_room(self, tenant: str, nbytes: int, sizes: Mapping[str, int]) -> None:
+        """Evict until `nbytes` more fit the tenant's quota and the whole memory; those of `sizes` that are held already
+        need no room, as long as what holds them stays.
+        """
         own = self.quota.memory if self.quota.tenant is None else min(self.quota.tenant, self.quota.memory)
         if nbytes > own:
             raise Busy(
@@ -249,9 +263,13 @@ class Handles:
                 "Fix: hand over a shorter context, or raise the endpoint's --memory.",
                 retry_after=self.quota.ttl,
             )
-        while self._bytes[tenant] + nbytes > own:
+
+        def shared() -> int:
+            return sum(size for page, size in sizes.items() if self._uses[tenant, page])
+
+        while self._bytes[tenant] + nbytes - shared() > own:
             self._evict(tenant)
-        while self._bytes.total() + nbytes > self.quota.memory:
+        while self._bytes.total() + nbytes - shared() > self.quota.memory:
             self._evict(None)
 
     def _evict(self, tenant: str | None) -> None:
@@ -270,12 +288,13 @@ class Handles:
 
 
 def _sizes(context: Context, name: str) -> dict[str, int]:
-    """Bytes of each page of KV; of all else in one sum."""
+    """Bytes of each page of KV, of which there may be several of one id; of all else in one sum."""
     if context.model is None or not context.segments:
         return {name: context.nbytes}
     layout = context.model.layout
     return {
-        page: layout.bytes_per_token(segment.dtype) * min(PAGE, len(segment) - index * PAGE)
+        f"{page} {segment.dtype} {segment.engine} {segment.exactness}": layout.bytes_per_token(segment.dtype)
+        * min(PAGE, len(segment) - index * PAGE)
         for segment in context.segments
         for index, page in enumerate(segment.pages)
     }

@@ -6,21 +6,21 @@ tells its length: a blob or a context. `E`: the end; a stream that stops before 
 
 from __future__ import annotations
 
-import json
 import struct
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
 
 from avp import errors
 from avp.blob import Blob, BundleReader, open_bundle
 from avp.bundle import pack
 from avp.context import Context
-from avp.errors import AVPError, Busy, ConnectionFailed, LimitExceeded
+from avp.errors import AVPError, BundleError, Busy, ConnectionFailed, LimitExceeded
 from avp.identity import canonical_json
-from avp.manifest import Limits
+from avp.manifest import Limits, parse_json
 from avp.protocols import Event, Item
 
 CONTENT_TYPE = "application/vnd.avp.stream"
 CHUNK = 1 << 20  # bytes that go to a socket at once, where they do not lie in larger runs
+_LONGEST = 86400.0  # seconds that a far end may ask to wait before the next try
 _LENGTH = struct.Struct("<I")
 _EVENT, _BUNDLE, _END = b"J", b"B", b"E"
 
@@ -37,7 +37,7 @@ def encode_item(item: Item) -> Iterator[bytes | memoryview]:
         yield _EVENT + _LENGTH.pack(len(text)) + text
 
 
-async def encode(items: AsyncIterable[Item]) -> AsyncIterator[bytes | memoryview]:
+async def encode(items: AsyncIterable[Item]) -> AsyncGenerator[bytes | memoryview]:
     """The whole stream, in pieces of about `CHUNK` bytes; an error that ends the items ends the stream, as an event."""
     try:
         async for item in items:
@@ -91,17 +91,29 @@ class Decoder:
         """
         piece = memoryview(data).cast("B")
         while piece:
-            if not self._kind:
-                piece = self._read_tag(piece)
-            elif self._kind == _BUNDLE:
-                memory, piece = self._bundles.feed(piece)
-                if memory is not None:
-                    self._kind = b""
-                    yield open_bundle(memory, limits=self._limits)
-            else:
-                piece, event = self._read_event(piece)
-                if event is not None:
-                    yield event
+            item, piece = self.take(piece)
+            if item is not None:
+                yield item
+
+    def take(self, piece: memoryview) -> tuple[Item | None, memoryview]:
+        """Use what of the piece belongs to the current frame; the item if it is complete, and the rest. Raises as
+        `feed`.
+        """
+        if not self._kind:
+            return None, self._read_tag(piece)
+        if self._kind == _BUNDLE:
+            memory, piece = self._bundles.feed(piece)
+            if memory is None:
+                return None, piece
+            self._kind = b""
+            return open_bundle(memory, limits=self._limits), piece
+        piece, event = self._read_event(piece)
+        return event, piece
+
+    @property
+    def idle(self) -> bool:
+        """Whether the stream stands between two frames."""
+        return not self._kind
 
     def finish(self) -> None:
         """Say that no more bytes come.
@@ -143,22 +155,22 @@ class Decoder:
             return piece[taken:], None
         text = bytes(self._event[4:])
         self._kind, self._event = b"", bytearray()
-        return piece[taken:], _event(text)
+        return piece[taken:], _event(text, self._limits)
 
 
-def _event(text: bytes) -> Event:
+def _event(text: bytes, limits: Limits) -> Event:
     try:
-        event = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConnectionFailed("an event came that is no JSON. Fix: check that the other end speaks AVP.") from error
-    if not isinstance(event, dict):
-        raise ConnectionFailed("an event came that is no JSON object. Fix: check that the other end speaks AVP.")
+        event = parse_json(text, limits)
+    except BundleError as error:
+        raise ConnectionFailed(
+            f"an event came that is no JSON object: {error} Fix: check that the other end speaks AVP."
+        ) from error
     if "error" in event:
         raise error_from_json(event["error"])
     return event
 
 
-async def decode(chunks: AsyncIterable[bytes | bytearray | memoryview], *, limits: Limits) -> AsyncIterator[Item]:
+async def decode(chunks: AsyncIterable[bytes | bytearray | memoryview], *, limits: Limits) -> AsyncGenerator[Item]:
     """The items of a whole stream; raises as `Decoder`."""
     decoder = Decoder(limits)
     async for chunk in chunks:
@@ -169,7 +181,8 @@ async def decode(chunks: AsyncIterable[bytes | bytearray | memoryview], *, limit
 
 def error_to_json(error: AVPError) -> dict[str, object]:
     """An error as it travels: the name of its class, its message, and when to try again."""
-    value: dict[str, object] = {"type": type(error).__name__, "message": str(error)}
+    message = str(error).encode(errors="replace").decode()  # it may quote what is no text
+    value: dict[str, object] = {"type": type(error).__name__, "message": message}
     if isinstance(error, Busy):
         value["retry_after"] = error.retry_after
     return value
@@ -183,7 +196,8 @@ def error_from_json(value: object) -> AVPError:
     message = str(value["message"])[:65536]
     if kind is Busy:
         after = value.get("retry_after")
-        return Busy(message, retry_after=float(after) if isinstance(after, int | float) else 1.0)
+        sane = isinstance(after, int | float) and not isinstance(after, bool) and 0 <= after <= _LONGEST
+        return Busy(message, retry_after=float(after) if sane else 1.0)  # type: ignore[arg-type]  # a number, if sane
     if isinstance(kind, type) and issubclass(kind, AVPError):
         return kind(message)
     return ConnectionFailed(f"the other end failed: {message}")

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from avp.connectors.models import cache_dir
 from avp.errors import AVPError
+from avp.folders import cache_dir
 
 VERSION = "0.6.2"
 PACKAGES = ("torch==2.13.0", f"avp[hf]=={VERSION}", "accelerate")

@@ -18,10 +18,19 @@ except ImportError as error:
 # command -> "module:attribute" and the line shown in the list of commands.
 _COMMANDS = MappingProxyType(
     {
+        "ask": ("avp.cli.ask:ask", "Ask another agent, and go on from a context that it keeps."),
         "bench": ("avp.cli.bench:bench", "Measure: chains of agents, bytes, seconds, memory."),
         "demo": ("avp.cli.demo:demo", "Four agents, four ways to hand over, side by side."),
+        "explain": ("avp.cli.explain:explain", "What is possible between two agents, and what it costs."),
+        "fetch": ("avp.cli.handles:fetch", "Write the context of a handle to a file."),
+        "hello": ("avp.cli.hello:hello", "What another agent says of itself."),
         "inspect": ("avp.cli.inspect:inspect", "Show what a bundle holds, from its header alone."),
         "models": ("avp.cli.models:models", "List, get and remove the models that need no hub."),
+        "renew": ("avp.cli.handles:renew", "Begin the time of a handle again."),
+        "revoke": ("avp.cli.handles:revoke", "End a handle."),
+        "send": ("avp.cli.send:send", "Hand a context, or a prompt, over to another agent."),
+        "serve": ("avp.cli.serve:serve", "Serve a model as an agent."),
+        "store": ("avp.cli.store:store", "Look after a store of segments."),
     }
 )
 

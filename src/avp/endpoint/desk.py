@@ -78,9 +78,9 @@ class Desk:
         return replace(self._about, prefill=self.prefill)
 
     def session(self, event: Event, caller: Caller) -> Session:
-        """The session that an event names, or a new one. Raises HandleExpired."""
+        """The session that an event names, or that of callers that name none. Raises HandleExpired."""
         if event.get("session") is None:
-            return self.handles.open(caller.tenant)
+            return self.handles.unnamed(caller.tenant)
         return self.handles.session(text(event, "session"), caller.tenant)
 
     def keep(self, context: Context, session: Session) -> Mapping[str, object]:

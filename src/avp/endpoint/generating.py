@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from avp.context import Context
 from avp.delta import store_new
 from avp.endpoint.desk import Desk, first_event
-from avp.errors import AccessDenied, Busy, UsageError
+from avp.errors import AccessDenied, Busy, ConnectionFailed, UsageError
 from avp.protocols import Connector, Event, Item, Prompt, TextStream
 from avp.receipt import Generation
 from avp.security import Caller
@@ -59,7 +59,7 @@ class Generating:
             self._enter()
             stack.callback(self._leave)
             run = _Run(connector, prompt, context, options, asyncio.get_running_loop())
-            self._pool.submit(run.work)
+            self._submit(run)
             try:
                 async for piece in run.pieces():
                     yield {"text": piece}
@@ -104,6 +104,12 @@ class Generating:
                 )
             self._count += 1
 
+    def _submit(self, run: _Run) -> None:
+        try:
+            self._pool.submit(run.work).add_done_callback(run.settle)
+        except RuntimeError as error:  # the pool is shut down
+            raise _closed() from error
+
     def _leave(self) -> None:
         with self._lock:
             self._count -= 1
@@ -140,6 +146,8 @@ class _Run:
     def work(self) -> None:
         """What the thread does."""
         try:
+            if self._cancelled.is_set():  # while it waited
+                return
             stream: TextStream = self._call()
             try:
                 for piece in stream:
@@ -152,6 +160,11 @@ class _Run:
             self._tell(_END)
         except BaseException as error:  # noqa: BLE001 - told to the caller, in the loop
             self._tell(error)
+
+    def settle(self, work: Future[None]) -> None:
+        """Called when the thread is done with it, or the pool closed before it began."""
+        if work.cancelled():
+            self._tell(_closed())
 
     def _tell(self, what: object) -> None:
         if not self._loop.is_closed():
@@ -173,6 +186,10 @@ class _Run:
         if self._done is None:
             raise UsageError("the generation ended without a result. Fix: read all of it.")
         return self._done
+
+
+def _closed() -> ConnectionFailed:
+    return ConnectionFailed("the endpoint was closed before the generation began. Fix: ask again when it is back.")
 
 
 def generation_to_json(result: Generation) -> dict[str, object]:
@@ -205,10 +222,18 @@ def _prompt(value: object) -> Prompt:
     raise UsageError("the prompt is no text, no list of messages and no list of token ids. Fix: pass one of these.")
 
 
+def _sane(given: object) -> bool:
+    """Whether a number is of a size that engines bear, and a list one of strings or of objects."""
+    if isinstance(given, int | float):
+        return abs(given) < 2**63
+    kinds = {type(each) for each in given} if isinstance(given, list) else set()
+    return kinds <= {str} or kinds <= {dict}
+
+
 def _options(value: object) -> Mapping[str, object]:
     if not isinstance(value, Mapping) or set(value) - set(OPTIONS):
         raise UsageError(f"unknown options {str(value)[:80]}. Fix: use some of {', '.join(OPTIONS)}.")
     for name, given in value.items():
-        if not isinstance(given, OPTIONS[name]) or isinstance(given, bool):
+        if not isinstance(given, OPTIONS[name]) or isinstance(given, bool) or not _sane(given):
             raise UsageError(f"option {name} is {str(given)[:80]!r}. Fix: see docs/spec/protocol.md.")
     return value

@@ -10,9 +10,19 @@ from dataclasses import dataclass, field
 
 from avp.blob import Blob
 from avp.context import Context
-from avp.delta import Outline, Ranges, assemble, check_piece, missing, outline_from_items, to_ranges
+from avp.delta import (
+    Outline,
+    Ranges,
+    assemble,
+    check_outline,
+    check_piece,
+    missing,
+    outline_from_items,
+    pages_of,
+    to_ranges,
+)
 from avp.endpoint.desk import Desk, blob_expected, first_event, text
-from avp.errors import BundleError, ContextTooLong, HandleExpired, UsageError
+from avp.errors import BundleError, ContextTooLong, HandleExpired, SegmentMissing, UsageError
 from avp.greeting import agreement_to_json
 from avp.handshake import Agreement, negotiate
 from avp.protocols import Item
@@ -32,7 +42,8 @@ class _Transfer:
     session: Session
     agreement: Agreement
     room: Reservation
-    due: float  # when its room is given to others; infinite while it is being received
+    due: Ranges  # the pages that are to come
+    expires: float  # when its room is given to others
     blobs: dict[str, Blob] = field(default_factory=dict)  # by page id
 
 
@@ -51,7 +62,8 @@ class Receiving:
             raise UsageError("the session was opened without a hello. Fix: shake hands first.")
         given = outline_from_items(event, await anext(items, None), salt=caller.tenant.salt)
         agreement = negotiate(session.hello, session.own, tokens=len(given.skeleton.tokens))
-        self._check(given, session, agreement)
+        check_outline(given, session.hello, agreement)
+        self._check_length(given)
         reply: dict[str, object] = {"agreement": agreement_to_json(agreement)}
         with span("have", pages=len(given.pages)):
             lacking = await asyncio.to_thread(self._missing, given, agreement, caller)
@@ -62,18 +74,24 @@ class Receiving:
         self._sweep()
         room = self._desk.handles.reserve(caller.tenant, given.nbytes(lacking))
         name = secrets.token_urlsafe(16)
-        self._transfers[name] = _Transfer(given, session, agreement, room, time.monotonic() + _PATIENCE)
+        self._transfers[name] = _Transfer(given, session, agreement, room, lacking, time.monotonic() + _PATIENCE)
         yield {**reply, "missing": [list(each) for each in lacking], "transfer": name}
 
     async def receive(self, items: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
         """Segments of an announced context; each is kept as soon as it is whole and verified. Then the handle."""
         event = await first_event(items)
-        transfer = self._transfers.pop(text(event, "transfer"), None)
-        if transfer is None or transfer.session.tenant != caller.tenant:
+        name = text(event, "transfer")
+        transfer = self._transfers.get(name)
+        if transfer is None or transfer.session.tenant != caller.tenant or self._transfers.pop(name, None) is None:
             raise HandleExpired("nothing is announced under that name, or no longer. Fix: announce it again (`have`).")
         try:
             await self._take(items, transfer, caller)
             lacking = await asyncio.to_thread(self._lacking, transfer, caller)
+            if lacking and not set(pages_of(lacking)) <= set(pages_of(transfer.due)):
+                raise SegmentMissing(
+                    "the store dropped pages that it held when the hand-over was announced. Fix: hand it over again; "
+                    "what came is kept."
+                )
             if lacking:
                 raise BundleError(
                     f"the hand-over ended and pages {list(lacking)[:4]} did not come. Fix: hand it over again; what "
@@ -115,17 +133,9 @@ class Receiving:
             self._desk.store.put(blob, tenant=caller.tenant.name)
         transfer.blobs.update(dict.fromkeys(blob.segment.pages, blob))
 
-    def _check(self, given: Outline, session: Session, agreement: Agreement) -> None:
-        skeleton, kv = given.skeleton, agreement.mode == "kv"
-        if kv != (skeleton.kind == "kv") and skeleton.kind != "text":
-            raise BundleError(
-                f"a context of kind {skeleton.kind} came where {agreement.mode} was agreed. Fix: shake hands again."
-            )
-        sender = session.hello.model if session.hello else None
-        if skeleton.model is not None and (sender is None or not skeleton.model.same_weights(sender)):
-            raise BundleError("a context of other weights came than the handshake named. Fix: shake hands again.")
-        connector = self._desk.connector
-        if connector is not None and len(skeleton.tokens) > connector.max_positions and kv:
+    def _check_length(self, given: Outline) -> None:
+        skeleton, connector = given.skeleton, self._desk.connector
+        if connector is not None and len(skeleton.tokens) > connector.max_positions and skeleton.kind == "kv":
             raise ContextTooLong(
                 f"a context of {len(skeleton.tokens)} tokens was announced and {connector.identity.id} has "
                 f"{connector.max_positions} positions. Nothing was sent. Fix: hand over a shorter context."
@@ -156,5 +166,6 @@ class Receiving:
 
     def _sweep(self) -> None:
         now = time.monotonic()
-        for name in [name for name, transfer in self._transfers.items() if transfer.due <= now]:
-            self._transfers.pop(name).room.release()
+        for name, transfer in list(self._transfers.items()):
+            if transfer.expires <= now and self._transfers.pop(name, None) is not None:
+                transfer.room.release()

@@ -8,9 +8,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from avp.context import Context
-from avp.direct import DirectChannel
+from avp.direct import DirectChannel, ended
 from avp.endpoint import AgentEndpoint, Rules, without_salt
-from avp.errors import AccessDenied, HandleExpired, UsageError
+from avp.endpoint.desk import first_event
+from avp.errors import AccessDenied, HandleExpired, StoreFailed, UsageError
 from avp.manifest import Limits
 from avp.protocols import Channel, Endpoint, Event, Item, Listener
 from avp.security import Caller, Security, Tenant
@@ -56,37 +57,54 @@ class _FileEndpoint:
         if verb in ("have", "receive"):
             return self._write(self._inner.answer(verb, items, caller=caller), caller)
         if verb == "fetch":
-            return self._inner.answer(verb, self._read(items, caller), caller=caller)
+            return self._give(items, caller)
         return self._inner.answer(verb, items, caller=caller)
 
     async def _write(self, answer: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
-        async for item in answer:
-            if not isinstance(item, Mapping) or "handle" not in item:
-                yield item
-                continue
-            with self._inner.desk.handles.use(str(item["handle"]), caller.tenant) as context:
-                await asyncio.to_thread(without_salt(context).save, self._path)
-            yield {**item, "handle": str(self._path), "ttl": _FOREVER}
+        async with ended(answer) as made:
+            async for item in made:
+                if not isinstance(item, Mapping) or "handle" not in item:
+                    yield item
+                    continue
+                handles, name = self._inner.desk.handles, str(item["handle"])
+                with handles.use(name, caller.tenant) as context:
+                    await asyncio.to_thread(self._save, without_salt(context))
+                handles.revoke(name, caller.tenant)  # the file is what is kept
+                yield {**item, "handle": str(self._path), "ttl": _FOREVER}
 
-    async def _read(self, items: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
-        """The same call, with the file's context under a handle of ours."""
-        async for item in items:
-            if not isinstance(item, Mapping):
-                yield item
-                continue
-            context = await asyncio.to_thread(self._load)
-            session = self._inner.desk.session(item, caller)
-            yield {**item, **_only_handle(self._inner.desk.keep(context, session))}
+    async def _give(self, items: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
+        """The same call, with the file's context under a handle of ours, as long as it takes."""
+        event, desk = await first_event(items), self._inner.desk
+        context = await asyncio.to_thread(self._load)
+        kept = desk.keep(context, desk.session(event, caller))
+        try:
+            async with ended(
+                self._inner.answer("fetch", _only({**event, "handle": kept["handle"]}), caller=caller)
+            ) as made:
+                async for item in made:
+                    yield item
+        finally:
+            desk.handles.revoke(str(kept["handle"]), caller.tenant)
 
     def _load(self) -> Context:
         try:
             return Context.load(self._path, limits=self.limits)
         except FileNotFoundError as error:
             raise HandleExpired(f"there is no file {self._path}. Fix: hand a context over to it first.") from error
+        except OSError as error:
+            raise StoreFailed(f"{self._path} cannot be read: {error}. Fix: see that it is a file of yours.") from error
+
+    def _save(self, context: Context) -> None:
+        try:
+            context.save(self._path)
+        except OSError as error:
+            raise StoreFailed(
+                f"{self._path} cannot be written: {error}. Fix: see that its folder is there, writable and not full."
+            ) from error
 
 
-def _only_handle(kept: Event) -> Event:
-    return {"handle": kept["handle"]}
+async def _only(event: Event) -> AsyncIterator[Item]:
+    yield event
 
 
 async def _pull(url: str, handle: str, tenant: Tenant) -> Context:
@@ -96,8 +114,11 @@ async def _pull(url: str, handle: str, tenant: Tenant) -> Context:
 def _path(url: str) -> Path:
     parts = urlsplit(url)
     path = unquote(parts.path)
-    if parts.netloc not in ("", "localhost") or not path or path.endswith("/"):
-        raise UsageError(f"{url!r} names no file of this machine. Fix: write file:/folder/name.avp.")
+    odd = parts.query or parts.fragment or "\0" in path
+    if parts.netloc not in ("", "localhost") or not path or path.endswith("/") or odd:
+        raise UsageError(
+            f"{url!r} names no file of this machine. Fix: write file:/folder/name.avp, with %3F for ? and %23 for #."
+        )
     return Path(path)
 
 

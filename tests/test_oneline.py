@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import avp
-from avp import agent
+from avp import oneline
 from avp.errors import BundleError, ModelNotFound, UsageError
 from avp.segment import Exactness
 from avp.testing.tiny import tiny_model, tiny_tokenizer
@@ -40,8 +40,8 @@ def test_a_message_with_a_model_carries_its_identity_and_token_ids(models: tuple
     message = avp.pack(HELLO, model=models[0])
     context = avp.Context.from_bytes(bytes(message))
     assert (context.kind, len(context)) == ("tokens", 0)
-    assert context.model == agent.connector(models[0]).identity
-    assert context.tokens == agent.connector(models[0]).prefill(HELLO).tokens
+    assert context.model == oneline.connector(models[0]).identity
+    assert context.tokens == oneline.connector(models[0]).prefill(HELLO).tokens
     assert str(message) == HELLO
     answer = avp.unpack(bytes(message), model=models[0], max_new_tokens=6)
     assert isinstance(answer, avp.Generation)
@@ -87,10 +87,10 @@ def test_a_reply_may_be_sent_on(models: tuple[str, str]) -> None:
 
 
 def test_connectors_made_by_name_are_kept_until_the_cache_is_cleared(models: tuple[str, str]) -> None:
-    first = agent.connector(models[0])
-    assert agent.connector(models[0]) is first
+    first = oneline.connector(models[0])
+    assert oneline.connector(models[0]) is first
     avp.clear_cache()
-    assert agent.connector(models[0]) is not first
+    assert oneline.connector(models[0]) is not first
 
 
 def test_what_cannot_be_packed_or_unpacked_is_a_clear_error(models: tuple[str, str]) -> None:
