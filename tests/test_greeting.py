@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avp.errors import BundleError, UsageError
-from avp.greeting import hello_from_json, hello_to_json
+from avp.errors import BundleError, NoAgreement, UsageError
+from avp.greeting import agreement_to_json, hello_from_json, hello_to_json
 from avp.handshake import CodecOffer, Hello, Record, negotiate
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity, canonical_json
 from avp.manifest import Limits
@@ -52,7 +53,15 @@ def changed(path: tuple[str | int, ...], new: object) -> object:
 
 
 PLACES = list(places(wire()))
-OBJECTS = [path for path in [(), *PLACES] if isinstance(changed((*path, "extra"), 0) if path == () else None, dict)]
+
+
+def at(path: tuple[str | int, ...], value: object) -> object:
+    for key in path:
+        value = value[key]  # type: ignore[index]
+    return value
+
+
+OBJECTS = [path for path in [(), *PLACES] if isinstance(at(path, wire()), dict)]
 
 
 def read(value: object) -> Hello:
@@ -67,16 +76,76 @@ def test_a_hello_comes_back_as_it_was_sent() -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(PLACES), json_values)
-def test_any_value_anywhere_is_read_or_refused_and_what_is_read_can_be_negotiated_with(
-    path: tuple[str | int, ...], new: object
-) -> None:
+def test_any_value_anywhere_is_refused_or_can_be_negotiated_with(path: tuple[str | int, ...], new: object) -> None:
     try:
         hello = read(changed(path, new))
     except (UsageError, BundleError):
         return
     for sender, receiver in ((hello, HELLO), (HELLO, hello)):
-        try:
-            negotiate(sender, receiver, tokens=2**20)
-        except Exception as error:
-            assert type(error).__name__ == "NoAgreement"
-            raise AssertionError from error if type(error).__name__ != "NoAgreement" else None
+        with suppress(NoAgreement):
+            agreement = negotiate(sender, receiver, tokens=2**20)
+            canonical_json(agreement_to_json(agreement))  # finite, so that it can be told
+
+
+@settings(max_examples=200, deadline=None)
+@given(json_values)
+def test_what_is_no_hello_at_all_is_refused(value: object) -> None:
+    with pytest.raises((UsageError, BundleError)):
+        read(value)
+
+
+@pytest.mark.parametrize("path", OBJECTS, ids=str)
+def test_an_object_has_all_its_fields_and_no_other(path: tuple[str | int, ...]) -> None:
+    for name in at(path, wire()):  # type: ignore[attr-defined]
+        lacking = wire()
+        del at(path, lacking)[name]  # type: ignore[attr-defined]
+        with pytest.raises((UsageError, BundleError)):
+            read(lacking)
+    more = wire()
+    at(path, more)["extra"] = 0  # type: ignore[index]
+    with pytest.raises((UsageError, BundleError)):
+        read(more)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, [], True, 1.5, "x" * 300, HUGE, float("nan"), float("inf"), -1], ids=lambda wrong: repr(wrong)[:8]
+)
+@pytest.mark.parametrize("path", [path for path in PLACES if not isinstance(at(path, wire()), dict | list)], ids=str)
+def test_a_value_of_the_wrong_type_or_range_is_refused_or_read_as_itself(
+    path: tuple[str | int, ...], wrong: object
+) -> None:
+    try:
+        hello = read(changed(path, wrong))
+    except (UsageError, BundleError) as error:
+        assert "Fix:" in str(error)
+        assert len(str(error)) < 1000
+    else:
+        assert at(path, wire(hello)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        (("codecs", 1, "records", 0, "weights"), 5),
+        (("codecs", 1, "ratio"), 0),
+        (("codecs", 1, "ratio"), -1.0),
+        (("codecs", 1, "ratio"), 1e300),
+        (("codecs", 1, "ratio"), None),
+        (("bandwidth",), 0),
+        (("bandwidth",), 5e-324),
+        (("prefill",), HUGE),
+        (("floor", "top1"), HUGE),
+        (("policy",), "worst"),
+        (("dtype",), "float64"),
+        (("accept",), "perfect"),
+        (("codecs",), [{}] * 300),
+        (("modes",), [3]),
+        (("version",), True),
+        (("limits", "tokens"), 2**63),
+        (("model", "layers"), [0] * 2000),
+    ],
+    ids=str,
+)
+def test_a_value_that_would_spoil_the_negotiation_is_refused(path: tuple[str | int, ...], wrong: object) -> None:
+    with pytest.raises((UsageError, BundleError)):
+        read(changed(path, wrong))

@@ -184,7 +184,9 @@ def test_a_lossy_codec_needs_a_record_that_meets_the_receivers_floor_not_the_sen
         negotiate(replace(sender, codecs=(other,)), replace(taker, floor=lax))
 
 
-@pytest.mark.parametrize("change", [{"perplexity": 0.006}, {"perplexity": -0.006}, {"top1": 0.96}, {"continuations": 0}])
+@pytest.mark.parametrize(
+    "change", [{"perplexity": 0.006}, {"perplexity": -0.006}, {"top1": 0.96}, {"continuations": 0}]
+)
 def test_a_record_is_measured_by_every_figure_of_the_floor(change: dict[str, float]) -> None:
     assert MEASURED.meets(Floor())
     assert not replace(MEASURED, **change).meets(Floor())
@@ -201,7 +203,9 @@ def test_a_codec_is_no_better_than_the_receiver_knows_it_to_be() -> None:
 
 def test_another_engine_or_dtype_makes_kv_bounded() -> None:
     for other in (replace(TWO, engine="vllm"), replace(TWO, dtype="bfloat16")):
-        with pytest.raises(NoAgreement, match="kv: no codec: raw is exact|kv: .*accepts exact, this would be bounded|kv:"):
+        with pytest.raises(
+            NoAgreement, match="kv: no codec: raw is exact|kv: .*accepts exact, this would be bounded|kv:"
+        ):
             negotiate(ONE, other)
         found = negotiate(replace(ONE, accept=Exactness.BOUNDED), replace(other, accept=Exactness.BOUNDED))
         assert (found.mode, found.exactness) == ("kv", Exactness.BOUNDED)

@@ -140,7 +140,7 @@ class Handles:
         """
         with self._lock:
             self._sweep()
-            name = secrets.token_urlsafe(32)
+            name = secrets.token_hex(32)  # no dash, which a command line would take for an option
             sizes = _sizes(context, name)
             tenant = session.tenant.name
             self._make_room(tenant, sum(sizes.values()), sizes)

@@ -37,6 +37,6 @@ def test_relative_links_resolve(page: Path) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    named = re.findall(r": ([\w/]+\.md)$", (pages.ROOT / "mkdocs.yml").read_text(), re.M)
+    named = re.findall(r": ([\w/-]+\.md)$", (pages.ROOT / "mkdocs.yml").read_text(), re.M)
     docs = pages.ROOT / "docs"
     assert sorted(named) == sorted(page.relative_to(docs).as_posix() for page in docs.rglob("*.md"))

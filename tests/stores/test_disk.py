@@ -8,14 +8,15 @@ import sqlite3
 import stat
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from avp.blob import Blob
+from avp.blob import Blob, seal
 from avp.errors import BundleError, DigestMismatch, SegmentMissing, StoreFailed, UsageError
 from avp.protocols import Store
-from avp.stores.disk import LEFTOVER_SECONDS, DiskStore, default_folder, open_disk
+from avp.stores.disk import LEFTOVER_SECONDS, DiskStore, open_disk
 from avp.testing.store import BOUNDED, EXACT, StoreConformance, blob_bytes, stored_blobs
 
 
@@ -302,6 +303,48 @@ def test_an_index_that_is_lost_while_it_is_open_is_built_again(folder: Path) -> 
     first.close()
 
 
+def test_a_row_that_nobody_wrote_is_damage(store: DiskStore) -> None:
+    blobs = ones(2)
+    fill(store, blobs)
+    with sqlite3.connect(next(store.folder.glob("index-*.sqlite"))) as connection:
+        connection.execute("UPDATE segments SET exactness = 99")
+    connection.close()
+    assert here(store, blobs) == [True, True]
+
+
+def test_an_index_that_cannot_be_opened_is_said_with_the_fix(folder: Path) -> None:
+    DiskStore(folder).close()
+    (folder / "index-9999999999999999999.sqlite").mkdir()
+    with pytest.raises(StoreFailed, match=r"the index of the store in .* cannot be used: .* delete its index-\* files"):
+        DiskStore(folder)
+
+
+def test_of_two_files_of_one_segment_collect_keeps_that_of_the_row(store: DiskStore) -> None:
+    first = ones(1)[0]
+    second = seal(replace(first.model, id="another/name"), first.segment)
+    store.put(first, tenant="a")
+    (path,) = files(store.folder)
+    store.put(second, tenant="a")
+    assert files(store.folder) != [path]
+    path.write_bytes(blob_bytes(first))
+    assert store.collect() == first.nbytes
+    assert store.get(first.entry.pages[0], tenant="a", want=EXACT).model == second.model
+
+
+def test_uses_are_noted_for_other_processes(folder: Path, clock: Clock) -> None:
+    store, other = DiskStore(folder, clock=clock), DiskStore(folder, clock=clock)
+    blobs = ones(2)
+    fill(store, blobs)
+    for _ in range(3):
+        clock.now += 10
+        store.get(blobs[0].entry.pages[0], tenant="a", want=EXACT)
+        store.get(blobs[1].entry.pages[0], tenant="a", want=EXACT)
+    assert min(entry.used for entry in other.entries()) >= clock.now - 20
+    store.close()
+    assert min(entry.used for entry in other.entries()) == clock.now
+    other.close()
+
+
 # --- what the system refuses
 
 
@@ -353,12 +396,3 @@ def test_its_url_says_folder_budget_and_ttl(tmp_path: Path, monkeypatch: pytest.
     assert isinstance(store, DiskStore)
     assert store.folder == tmp_path / "cache" / "store"
     store.close()
-
-
-def test_the_default_folder_is_that_of_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AVP_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "avp" / "store"
-    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_folder() == tmp_path / ".cache" / "avp" / "store"

@@ -11,7 +11,7 @@ import click
 
 from avp.cli.connection import cleaned, connection, connection_options
 from avp.cli.source import read_text
-from avp.cli.words import clean, document, handle_to_json, receipt_to_json, say
+from avp.cli.words import clean, document, handle_to_json, receipt_to_json, say, say_receipt
 from avp.errors import UsageError
 from avp.handle import Handle, RemoteGeneration
 from avp.network import connect_async
@@ -104,11 +104,8 @@ def _tell(answer: RemoteGeneration, *, as_json: bool) -> None:
         )
         return
     say(f"handle: {handle}")
-    say(
-        f"{usage.completion_tokens} tokens after {usage.prompt_tokens}, of which {usage.cached_tokens} came with the "
-        f"context; {receipt.positions_computed} positions computed; ended by {answer.finish_reason}; "
-        f"mode {receipt.mode}, {receipt.exactness.label}"
+    say_receipt(
+        receipt,
+        did=f"{usage.completion_tokens} tokens after {usage.prompt_tokens}, of which {usage.cached_tokens} came with the "
+        f"context; {receipt.positions_computed} positions computed; ended by {answer.finish_reason}",
     )
-    say("seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in receipt.seconds.items()))
-    for reason in receipt.reasons:
-        say(f"because: {reason}")

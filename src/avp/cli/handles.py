@@ -39,7 +39,7 @@ def fetch(url: str, handle: str, *, file: Path, accept: str, codec: str, as_json
         about = {"file": str(file), "bytes": size, "kind": context.kind, "length": len(context)}
         document({**about, "exactness": context.exactness.label, "receipt": receipt_to_json(receipt)})
         return
-    say_receipt(receipt, did=f"{len(context):,} positions came, {size:,} bytes written")
+    say_receipt(receipt, did=f"{len(context):,} positions came; {size:,} bytes written")
     click.echo(str(file))
 
 

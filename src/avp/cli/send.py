@@ -64,7 +64,8 @@ def send(
     if as_json:
         document({**handle_to_json(handle), "receipt": receipt_to_json(receipt)})
         return
-    say_receipt(receipt, did=f"{len(handle):,} positions are at {url}, for {handle.ttl:g} s after their last use")
+    amounts = f"{receipt.bytes_sent:,} bytes sent, {receipt.bytes_reused:,} of KV were there already"
+    say_receipt(receipt, did=f"{len(handle):,} positions are at {url}; {amounts}")
     click.echo(str(handle))
 
 

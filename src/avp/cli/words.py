@@ -66,9 +66,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequ
 
 
 def say_receipt(receipt: Receipt, *, did: str) -> None:
-    """What a hand-over, a fetch or a generation did, and why not better."""
-    amounts = f"{receipt.bytes_sent:,} bytes sent, {receipt.bytes_reused:,} were there already"
-    say(f"{did}; mode {receipt.mode}, {receipt.exactness.label}; {amounts}")
+    """What a hand-over, a fetch or a generation did, how long its stages took, and why it was not better."""
+    say(f"{did}; mode {receipt.mode}, {receipt.exactness.label}")
     if receipt.seconds:
         say("seconds: " + ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in receipt.seconds.items()))
     for reason in receipt.reasons:

@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 from avp.blob import Blob, open_blob
 from avp.errors import BundleError, MissingExtra, StoreFailed, UnsupportedBundle, UsageError
+from avp.folders import cache_dir
 from avp.manifest import Limits
 from avp.protocols import Store, StoredSegment
 from avp.segment import Want
@@ -62,6 +64,7 @@ class DiskStore:
         self._tmp = self.folder / "tmp"
         self._named: set[str] = set()  # tenants whose name is on the disk
         self._made: set[Path] = set()  # folders of segments that are on the disk themselves
+        self._mutex = Lock()
         self._uses: dict[str, float] = {}  # not noted in the index yet: key -> when
         with translated(self.folder):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -183,9 +186,11 @@ class DiskStore:
 
     def _touch(self, row: Row) -> None:
         now = self._clock()
-        first = next(iter(self._uses.values()), now)
-        self._uses[row.key] = now
-        if len(self._uses) >= _NOTED or now - first >= _NOTE_SECONDS:
+        with self._mutex:
+            first = next(iter(self._uses.values()), now)
+            self._uses[row.key] = now
+            due = len(self._uses) >= _NOTED or now - first >= _NOTE_SECONDS
+        if due:
             self._note()
 
     def _note(self) -> None:
@@ -196,7 +201,8 @@ class DiskStore:
 
     def _write(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
         """A transaction, which notes what was used before it."""
-        uses, self._uses = self._uses, {}
+        with self._mutex:
+            uses, self._uses = self._uses, {}
 
         def transaction(connection: sqlite3.Connection) -> Result:
             index.touch(connection, uses)
@@ -355,19 +361,10 @@ def _tenant_of(path: Path) -> tuple[str, str] | None:
     return (path.name, name) if tenant_key(name) == path.name else None
 
 
-def default_folder() -> Path:
-    """`store` in `$AVP_CACHE`, else in `$XDG_CACHE_HOME/avp`, else in `~/.cache/avp`."""
-    own = os.environ.get("AVP_CACHE", "")
-    if own:
-        return Path(own).expanduser().absolute() / "store"
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "avp" / "store"
-
-
 def open_disk(url: str) -> Store:
     """`disk:/path?budget=20GiB&ttl=7d`; `disk:` alone is the folder of the user's cache."""
     settings = Settings.of(url, known=("budget", "ttl"))
     if urlsplit(url).netloc:
         raise UsageError(f"{url!r} names a host, and a disk store is of this one. Fix: write disk:/path.")
-    folder = Path(settings.path) if settings.path else default_folder()
+    folder = Path(settings.path) if settings.path else cache_dir() / "store"
     return DiskStore(folder, budget=settings.size("budget") or BUDGET, ttl=settings.seconds("ttl"))
