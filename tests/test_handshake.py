@@ -53,7 +53,7 @@ hellos = st.builds(
     version=st.sampled_from([1, 1, 1, 2]),
 )
 tokens = st.sampled_from([0, 1, 100, 101, 5000])
-many = settings(max_examples=250, deadline=None)
+many = settings(max_examples=80, deadline=None)
 
 ONE = Hello("one", MODELS[0], "transformers", "float32")
 TWO = replace(ONE, agent="two")
@@ -104,8 +104,8 @@ def test_what_is_taken_is_possible_and_no_worse_than_both_accept(sender: Hello, 
     assert count <= receiver.limits.tokens
     better = found.verdicts[: MODES.index(found.mode)]
     if "fastest" not in (sender.policy, receiver.policy):
+        assert found.reasons == tuple(f"{each.mode}: {each.refused}" for each in better)
         assert all(each.refused for each in better)
-    assert all(any(each.mode in reason for reason in found.reasons) for each in better)
 
 
 @many
@@ -204,7 +204,8 @@ def test_a_codec_is_no_better_than_the_receiver_knows_it_to_be() -> None:
 def test_another_engine_or_dtype_makes_kv_bounded() -> None:
     for other in (replace(TWO, engine="vllm"), replace(TWO, dtype="bfloat16")):
         with pytest.raises(
-            NoAgreement, match="kv: no codec: raw is exact|kv: .*accepts exact, this would be bounded|kv:"
+            NoAgreement,
+            match="kv: KV of transformers in float32 is bounded to (vllm|transformers) in (bfloat16|float32)",
         ):
             negotiate(ONE, other)
         found = negotiate(replace(ONE, accept=Exactness.BOUNDED), replace(other, accept=Exactness.BOUNDED))

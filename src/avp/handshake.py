@@ -190,6 +190,9 @@ def _kv(mode: str, sender: Hello, receiver: Hello, tokens: int) -> Verdict:
         return Verdict(mode, Exactness.EXACT, f"pages of {sender.page} and of {receiver.page} positions")
     own = keeps or (sender.engine == receiver.engine and sender.dtype == receiver.dtype)
     grade = Exactness.EXACT if own else Exactness.BOUNDED
+    if grade > min(sender.accept, receiver.accept):
+        ours, theirs = f"{sender.engine} in {sender.dtype}", f"{receiver.engine} in {receiver.dtype}"
+        return Verdict(mode, grade, f"KV of {ours} is {grade.label} to {theirs}")
     size = tokens * sender.model.layout.bytes_per_token(sender.dtype) if sender.dtype else 0
     codecs, refused = _codecs(sender, receiver, grade)
     if not codecs:

@@ -106,6 +106,6 @@ def _tell(answer: RemoteGeneration, *, as_json: bool) -> None:
     say(f"handle: {handle}")
     say_receipt(
         receipt,
-        did=f"{usage.completion_tokens} tokens after {usage.prompt_tokens}, of which {usage.cached_tokens} came with the "
-        f"context; {receipt.positions_computed} positions computed; ended by {answer.finish_reason}",
+        did=f"{usage.completion_tokens} tokens after {usage.prompt_tokens}, of which {usage.cached_tokens} came with "
+        f"the context; {receipt.positions_computed} positions computed; ended by {answer.finish_reason}",
     )

@@ -20,6 +20,7 @@ from avp.protocols import Meter
 T = TypeVar("T")
 
 _PIECE = 1 << 18  # bytes that are encrypted or decrypted at once
+_READ = 1 << 20  # bytes that are read at once
 _AHEAD = 1 << 20  # bytes that wait for the reader before the socket is left alone
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 
@@ -54,7 +55,7 @@ async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
             await items.aclose()
 
 
-class Wire(asyncio.Protocol):
+class Wire(asyncio.BufferedProtocol):
     """A connection. `meter` is the call whose bytes go over it now: encrypted ones, where there is TLS."""
 
     def __init__(self, *, meter: Meter, tls: ssl.SSLContext | None, host: str) -> None:
@@ -65,6 +66,7 @@ class Wire(asyncio.Protocol):
         self._tls = tls.wrap_bio(self._incoming, self._outgoing, server_hostname=host) if tls else None
         self._shaking = tls is not None
         self._failure: AVPError | None = None
+        self._memory = memoryview(bytearray(_READ))
         self._pieces: deque[bytes] = deque()
         self._waiting = 0  # bytes in `_pieces`
         self._paused = False  # reading is
@@ -80,9 +82,13 @@ class Wire(asyncio.Protocol):
         if self._tls:
             self._shake()
 
-    def data_received(self, data: bytes) -> None:  # noqa: D102
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: D102
+        return self._memory
+
+    def buffer_updated(self, nbytes: int) -> None:  # noqa: D102
+        data = bytes(self._memory[:nbytes])
         if self.meter:
-            self.meter.received += len(data)
+            self.meter.received += nbytes
         if self._tls is None:
             self._keep(data)
         else:
