@@ -205,7 +205,7 @@ def test_another_engine_or_dtype_makes_kv_bounded() -> None:
     for other in (replace(TWO, engine="vllm"), replace(TWO, dtype="bfloat16")):
         with pytest.raises(
             NoAgreement,
-            match="kv: KV of transformers in float32 is bounded to (vllm|transformers) in (bfloat16|float32)",
+            match=r"kv: KV of transformers in float32 is bounded to (vllm|transformers) in (bfloat16|float32)",
         ):
             negotiate(ONE, other)
         found = negotiate(replace(ONE, accept=Exactness.BOUNDED), replace(other, accept=Exactness.BOUNDED))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, suppress
@@ -18,7 +19,7 @@ from avp.errors import AVPError, BundleError, Busy, ConnectionFailed, LimitExcee
 from avp.manifest import Limits
 from avp.protocols import Item
 from avp.testing import synthetic_context
-from avp.wire import CHUNK, Decoder, decode, encode, error_from_json, error_to_json, gather
+from avp.wire import CHUNK, Decoder, decode, encode, encode_item, error_from_json, error_to_json, gather
 
 from .samples import described, hidden_context, kv_context, tokens_context
 
@@ -62,7 +63,7 @@ def read(data: bytes, cuts: Sequence[int] = (), limits: Limits = LIMITS) -> list
     bounds = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
     decoder = Decoder(limits)
     found: list[Item] = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         found += decoder.feed(bytearray(data[start:stop]))
     decoder.finish()
     return found
@@ -112,7 +113,7 @@ def test_an_error_ends_the_stream_with_its_class_message_and_time() -> None:
     data = written([{"n": 1}], Busy("full. Fix: wait.", retry_after=7.5))
     decoder = Decoder(LIMITS)
     found = []
-    with pytest.raises(Busy, match="full. Fix: wait.") as caught:
+    with pytest.raises(Busy, match=r"full\. Fix: wait\.") as caught:
         found += list(decoder.feed(data))
     assert caught.value.retry_after == 7.5
 
@@ -164,7 +165,7 @@ def test_an_event_that_is_too_large_is_refused_by_its_length_before_it_comes() -
 def test_a_bundle_that_is_too_large_is_refused_by_its_header_before_it_comes() -> None:
     blob = blobs(256)[0]
     head = bytes(blob.header)
-    with pytest.raises(LimitExceeded, match="Fix: raise Limits.bytes"):
+    with pytest.raises(LimitExceeded, match=r"Fix: raise Limits\.bytes"):
         list(Decoder(Limits(bytes=len(head) + 10)).feed(b"B" + head))
     with pytest.raises(LimitExceeded):
         list(Decoder(Limits(header=64)).feed(b"B" + struct.pack("<Q", 65)))
@@ -238,8 +239,6 @@ def test_the_kv_of_a_blob_is_not_copied() -> None:
 
     async def run() -> list[bytes | memoryview]:
         return [piece async for piece in encode(each([blob]))]
-
-    from avp.wire import encode_item
 
     assert list(encode_item(blob))[1:] == list(blob.runs)
     assert b"".join(asyncio.run(run())) == b"B" + b"".join(blob.runs) + b"E"

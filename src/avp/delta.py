@@ -249,7 +249,8 @@ def check_piece(blob: Blob, given: Outline, *, least: Exactness) -> None:
         raise BundleError(f"the segment at position {segment.start} is none of this context. {_ASK}")
     if first and segment.parent != given.pages[first - 1]:
         raise BundleError(f"the segment at position {segment.start} follows another page. {_ASK}")
-    if segment.tokens != given.skeleton.tokens[segment.start : min(segment.stop, len(given.skeleton))]:
+    last = min((first + len(segment.pages)) * PAGE, len(given.skeleton))
+    if segment.tokens != given.skeleton.tokens[segment.start : last]:
         raise BundleError(f"the segment at position {segment.start} is of other tokens. {_ASK}")
     grade = [grade for start, grade in given.grades if start <= first][-1]
     exactness = worst([segment.exactness, registry.codec(blob.entry.codec).exactness])  # whatever it claims

@@ -26,7 +26,7 @@ from avp.wire import CONTENT_TYPE, decode, encode, error_from_json
 
 BASE = "/avp/v1"
 _PORTS = {"http": 80, "https": 443}
-_VERB = re.compile(r"[a-z][a-z0-9-]{0,63}")
+VERB = re.compile(r"[a-z][a-z0-9-]{0,63}")
 _IDLE = 8  # connections that wait for the next call
 _STALE = 30.0  # seconds after which one that waited is not used again
 _ERROR = 1 << 20  # bytes of an answer that is an error
@@ -44,13 +44,13 @@ class HttpChannel:
         self._fields = _fields(security)
         self._http2 = security.http2
         self._idle: list[tuple[Wire, float]] = []
-        self._shared: Http2Connection | None = None
+        self._shared: list[Http2Connection] = []
         self._connecting = asyncio.Lock()
 
     @asynccontextmanager
     async def call(self, verb: str, items: AsyncIterable[Item], *, meter: Meter) -> AsyncIterator[AsyncIterator[Item]]:
         """Send the verb and the items; see `avp.protocols.Channel`."""
-        if not _VERB.fullmatch(verb):
+        if not VERB.fullmatch(verb):
             raise UsageError(f"{verb!r} is no verb. Fix: use lower case letters, digits and dashes.")
         body = _body(items)
         if self._http2 and (connection := await self._share(meter)):
@@ -70,9 +70,8 @@ class HttpChannel:
         """End all connections."""
         while self._idle:
             self._idle.pop()[0].close()
-        if self._shared is not None:
-            await self._shared.close()
-            self._shared = None
+        while self._shared:
+            await self._shared.pop().close()
 
     async def _begin1(self, verb: str, meter: Meter) -> tuple[Http1Exchange, Wire]:
         fields = [("Host", self._authority), *self._fields]
@@ -90,7 +89,11 @@ class HttpChannel:
             wire.abort()  # nothing of the call's body was asked for yet, so another connection can carry it
         wire = await connect(self._host, self._port, meter=meter, tls=self._tls)
         exchange = Http1Exchange(wire, target=target, fields=fields)
-        await exchange.open()
+        try:
+            await exchange.open()
+        except BaseException:
+            wire.abort()
+            raise
         return exchange, wire
 
     def _begin2(self, connection: Http2Connection, verb: str, meter: Meter) -> Http2Exchange:
@@ -108,17 +111,19 @@ class HttpChannel:
     async def _share(self, meter: Meter) -> Http2Connection | None:
         """The connection for calls side by side; None where the server does not speak HTTP/2 over TLS."""
         async with self._connecting:
-            if self._shared is not None and self._shared.usable:
-                return self._shared
+            for connection in list(self._shared):
+                if connection.usable:
+                    return connection
+                if not connection.engine.streams:
+                    self._shared.remove(connection)
+                    await connection.close()
             wire = await connect(self._host, self._port, meter=meter, tls=self._tls)
             if self._tls is not None and not wire.http2:
                 self._http2 = False
                 self._keep(wire)
                 return None
-            if self._shared is not None and not self._shared.engine.streams:
-                await self._shared.close()
-            self._shared = Http2Connection(wire)
-            return self._shared
+            self._shared.append(Http2Connection(wire))
+            return self._shared[-1]
 
     def _kept(self) -> Wire | None:
         while self._idle:

@@ -24,6 +24,7 @@ from avp.errors import ConnectionFailed
 Fields = Sequence[tuple[bytes, bytes]]
 
 _FRAME = 1 << 18  # bytes of the largest frame that we take
+_CAREFUL = 16  # streams that are opened before the other end says how many it allows
 _RESETS = 200  # streams that a client may cancel on one connection
 
 
@@ -172,6 +173,7 @@ class Http2:
         self._write, self.drain = write, drain
         self._opened = opened
         self._resets = 0
+        self._settled = False  # the other end said what it allows
         self._start(client, windows)
 
     def _start(self, client: bool, windows: Windows) -> None:
@@ -208,6 +210,7 @@ class Http2:
 
     def _handle(self, event: h2.events.Event) -> None:
         if isinstance(event, h2.events.RemoteSettingsChanged | h2.events.WindowUpdated):
+            self._settled = self._settled or isinstance(event, h2.events.RemoteSettingsChanged)
             for stream in self.streams.values():
                 stream.wake()
         elif isinstance(event, h2.events.ConnectionTerminated):
@@ -224,7 +227,7 @@ class Http2:
     def _handle_stream(self, event: h2.events.Event) -> None:
         stream = self.streams.get(event.stream_id) if isinstance(event, _OF_A_STREAM) else None
         if isinstance(event, h2.events.DataReceived):
-            if stream is None:
+            if stream is None or not event.data:
                 self.used(event.stream_id, event.flow_controlled_length)
             else:
                 stream.came(event.data, event.flow_controlled_length)
@@ -258,7 +261,7 @@ class Http2:
     @property
     def room(self) -> int:
         """How many more streams the other end allows."""
-        allowed = min(self._h2.remote_settings.max_concurrent_streams, 2**20)
+        allowed = self._h2.remote_settings.max_concurrent_streams if self._settled else _CAREFUL
         return 0 if self.closing else int(allowed) - len(self.streams)
 
     def send(self, number: int, data: memoryview) -> int:

@@ -13,6 +13,7 @@ from avp.errors import ConnectionFailed
 from avp.transports.http2 import Http2, Stream, Windows
 from avp.transports.http_wire import keep_alive
 
+_UNREAD = 1 << 25  # bytes that a client may have us send without reading them: answers to its pings, say
 _DROPPED = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 
 
@@ -68,6 +69,8 @@ class Http2Protocol(asyncio.Protocol):
             self._engine.receive(data)
         except ConnectionFailed:
             self.transport.close()
+        if self.transport.get_write_buffer_size() > _UNREAD:
+            self.transport.abort()
 
     def eof_received(self) -> None:
         """The client left."""

@@ -57,6 +57,7 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.access_log = False
         self._rules = rules
         self._timer: asyncio.TimerHandle | None = None
+        self._refused = False
         self._head = 0  # bytes of a head that is not complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -74,6 +75,8 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.data_received(self._memory[:nbytes])
 
     def data_received(self, data: bytes | memoryview) -> None:
+        if self._refused:
+            return
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._begin()
         if self._timer is None:
@@ -85,18 +88,34 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         if self._timer is not None and self._head > self._rules.header:
             self._refuse(_TOO_LONG)
 
-    def on_body(self, body: bytes) -> None:
-        cycle = self.cycle
-        if not cycle.response_complete:
-            # uvicorn gathers pieces in a bytearray and copies that; what comes alone can be passed on as it is.
-            cycle.body = cast(bytearray, cycle.body + body if cycle.body else body)
-            if len(cycle.body) > HIGH_WATER_LIMIT:
-                self.flow.pause_reading()
-            cycle.message_event.set()
-
     def on_headers_complete(self) -> None:
         self._stop()
-        super().on_headers_complete()
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._rules.header:
+            self._refuse(_TOO_LONG)
+        if not self._refused:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self._refused or self.cycle.response_complete:
+            return
+        cycle = self.cycle
+        held: bytes | bytearray = cycle.body
+        if not held:
+            cycle.body = cast(bytearray, body)  # the whole piece, as it is mostly: passed on without a copy
+        else:
+            cycle.body = held if isinstance(held, bytearray) else bytearray(held)
+            cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        if self._refused:
+            return
+        if self.cycle.response_complete:  # it was answered before its end, which came now
+            self._stop()
+            self.timeout_keep_alive_task = self.loop.call_later(_KEPT, self.timeout_keep_alive_handler)
+        super().on_message_complete()
 
     def _begin(self) -> None:
         self._head = 0
@@ -113,6 +132,7 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def _refuse(self, answer: bytes) -> None:
         self._stop()
+        self._refused = True
         if not self.transport.is_closing():
             self.transport.write(answer)
             self.transport.close()
@@ -260,7 +280,11 @@ async def listen(endpoint: Endpoint, url: str, *, security: Security, rules: Htt
     loop = asyncio.get_running_loop()
     sock = await _bind(host, port, url)
     server = await loop.create_server(
-        lambda: _Gate(doors), sock=sock, ssl=tls, ssl_handshake_timeout=rules.head if tls else None
+        lambda: _Gate(doors),
+        sock=sock,
+        ssl=tls,
+        ssl_handshake_timeout=rules.head if tls else None,
+        ssl_shutdown_timeout=1.0 if tls else None,
     )
     found = authority(host, sock.getsockname()[1])
     return HttpListener(server, doors, url=f"{rules.scheme}://{found}{path}")

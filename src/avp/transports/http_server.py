@@ -34,6 +34,7 @@ from avp.errors import (
 )
 from avp.protocols import Endpoint, Event, Item
 from avp.security import Caller, Security
+from avp.transports.http import VERB
 from avp.transports.http_body import Body
 from avp.transports.http_downloads import Downloads, ServeBundle
 from avp.transports.http_wire import closing
@@ -89,13 +90,16 @@ class Calls:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        verb = scope["path_params"]["verb"]
         try:
+            if not VERB.fullmatch(verb):
+                raise UsageError("that is no verb. Fix: use lower case letters, digits and dashes.")
             caller = admit(self.endpoint, self.security, scope)
         except AVPError as error:
             await send_error(send, error)
             return
         body = Body(receive, idle=self.idle)
-        await body.while_connected(self._answer(scope["path_params"]["verb"], body, caller, send))
+        await body.while_connected(self._answer(verb, body, caller, send))
 
     async def _answer(self, verb: str, body: Body, caller: Caller, send: Send) -> None:
         async with (
