@@ -76,7 +76,7 @@ def test_text_comes_as_it_is_and_the_handle_on_stderr_goes_on_from_it(
     assert asked.stdout.removesuffix("\n") == str(expected).removesuffix("\n")
     first, *_ = asked.stderr.splitlines()
     handle = first.removeprefix("handle: ")
-    assert "0 of these came with the context" in asked.stderr
+    assert "of which 0 came with the context" in asked.stderr
     assert avp("ask", urls["unix"], QUESTION, "--context", handle, "--max-new-tokens", "2").stdout
 
 

@@ -79,12 +79,14 @@ async def _show(stream: RemoteStream, *, silent: bool) -> RemoteGeneration:
     steered = sys.stdout.isatty()
     said = ""
     async with aclosing(stream):
-        async for piece in stream:
-            if not silent:
-                said = clean(piece, keep="\n\t") if steered else piece
-                click.echo(said, nl=False)
-        if not silent and not said.endswith("\n"):
-            click.echo()
+        try:
+            async for piece in stream:
+                if not silent:
+                    said = clean(piece, keep="\n\t") if steered else piece
+                    click.echo(said, nl=False)
+        finally:
+            if said and not said.endswith("\n"):
+                click.echo()
         return await stream.result()
 
 

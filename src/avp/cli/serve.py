@@ -152,16 +152,15 @@ def serve(
 async def _serve(agent: Agent, urls: Sequence[str], *, as_json: bool) -> None:
     """Listen, say so, and close at the first signal."""
     loop, told = asyncio.get_running_loop(), asyncio.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
 
-    def end() -> None:
+    def end(which: signal.Signals) -> None:
+        if told.is_set():
+            os._exit(128 + which)
         told.set()
-        for each in signals:
-            loop.remove_signal_handler(each)
 
     async with await serve_async(agent, *urls) as server:
-        for each in signals:
-            loop.add_signal_handler(each, end)
+        for which in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(which, end, which)
         if as_json:
             click.echo(json.dumps({"urls": server.urls}))
         else:
