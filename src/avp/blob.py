@@ -22,7 +22,7 @@ from avp.context import Context
 from avp.errors import BundleError, DigestMismatch
 from avp.identity import ModelIdentity
 from avp.manifest import Limits, Manifest, SegmentEntry
-from avp.segment import Segment
+from avp.segment import Exactness, Segment
 from avp.shared import SharedTensors
 
 
@@ -62,14 +62,19 @@ _ANY = Limits(header=2**62)
 
 
 def seal(model: ModelIdentity, segment: Segment, *, codec: str = "raw") -> Blob:
-    """The blob of a segment; with the raw codec its runs are views of the segment's own memory.
+    """The blob of a segment; with the raw codec its runs are views of the segment's own memory. What a lossy codec
+    loses is lost to those who read the blob here, too.
 
     Raises:
         UsageError: no such codec, or it does not take this dtype.
     """
-    entry, named = encode_segment(segment, len(model.layout.layers), registry.codec(codec))
+    how = registry.codec(codec)
+    entry, named = encode_segment(segment, len(model.layout.layers), how)
     header = make_header(_manifest(model, segment, entry), [(f"0{name}", buffer) for name, buffer in named])
-    return Blob(model, entry, segment, (memoryview(header), *(run for _, buffer in named for run in buffer.runs())))
+    runs = (memoryview(header), *(run for _, buffer in named for run in buffer.runs()))
+    if how.exactness is Exactness.EXACT:
+        return Blob(model, entry, segment, runs)
+    return open_blob(b"".join(runs), limits=_ANY)
 
 
 def _manifest(model: ModelIdentity, segment: Segment, entry: SegmentEntry) -> Manifest:

@@ -28,7 +28,8 @@ _ASK = "Fix: ask the sender for a valid hand-over."
 @dataclass(frozen=True, slots=True, eq=False)
 class Outline:
     """A context without its KV: `skeleton` has all but segments, `pages` their ids, `grades` the class from a page on,
-    `engine` and `dtype` what computed and holds them.
+    `engine` and `dtype` what computed and holds them, `count` how many token ids the context has, even where only its
+    text is told.
     """
 
     skeleton: Context
@@ -36,6 +37,7 @@ class Outline:
     grades: tuple[tuple[int, Exactness], ...]
     engine: str
     dtype: str
+    count: int = 0
 
     def wants(self, least: Exactness) -> list[tuple[int, int, Want]]:
         """For each run of pages, [start, stop), which KV is as good as the sender's own, sent at class `least`."""
@@ -60,14 +62,14 @@ def outline(context: Context, mode: str, *, salt: bytes) -> tuple[Outline, tuple
         UsageError: KV is missing, or the context has nothing to send in this mode.
     """
     if mode != "kv":
-        return Outline(_without_kv(context, mode), (), (), "", ""), ()
+        return Outline(_without_kv(context, mode), (), (), "", "", len(context.tokens)), ()
     if context.model is None or sum(map(len, context.segments)) != len(context):
         raise UsageError("the context lacks some of its KV. Fix: fetch the missing segments first.")
     segments = with_salt(context.model, context.segments, salt)
     pages = tuple(page for segment in segments for page in segment.pages)
     grades = tuple((segment.start // PAGE, segment.exactness) for segment in segments)
     engine, dtype = origin(context)
-    return Outline(replace(context, segments=()), pages, grades, engine, dtype), segments
+    return Outline(replace(context, segments=()), pages, grades, engine, dtype, len(context.tokens)), segments
 
 
 def origin(context: Context) -> tuple[str, str]:
@@ -112,6 +114,7 @@ def outline_to_items(given: Outline) -> tuple[Event, Context]:
         "grades": [[start, grade.label] for start, grade in given.grades],
         "engine": given.engine,
         "dtype": given.dtype,
+        "tokens": given.count,
     }
     return event, given.skeleton
 
@@ -124,8 +127,11 @@ def outline_from_items(event: Event, skeleton: object, *, salt: bytes) -> Outlin
     """
     if not isinstance(skeleton, Context) or skeleton.segments:
         raise BundleError(f"an outline came without its context, or with KV in it. {_ASK}")
+    known = event.get("tokens")
+    if type(known) is not int or known < 0 or (skeleton.kind != "text" and known != len(skeleton.tokens)):
+        raise BundleError(f"an outline does not say of how many tokens it is, or of other ones. {_ASK}")
     if skeleton.kind != "kv" or skeleton.model is None:
-        return Outline(skeleton, (), (), "", "")
+        return Outline(skeleton, (), (), "", "", known)
     tokens = skeleton.tokens[: len(skeleton)]
     count = -(-len(tokens) // PAGE)
     if LATENT in tokens:
@@ -135,7 +141,7 @@ def outline_from_items(event: Event, skeleton: object, *, salt: bytes) -> Outlin
     engine, dtype = event.get("engine"), event.get("dtype")
     if not isinstance(engine, str) or not isinstance(dtype, str):
         raise BundleError(f"an outline names no engine or dtype. {_ASK}")
-    return Outline(skeleton, pages, _grades(event.get("grades"), count), engine, dtype)
+    return Outline(skeleton, pages, _grades(event.get("grades"), count), engine, dtype, known)
 
 
 def check_outline(given: Outline, sender: Hello, agreement: Agreement) -> None:

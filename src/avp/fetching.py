@@ -51,7 +51,8 @@ class Fetch:
         if self._context is None or self._agreement is None:
             raise ConnectionFailed("the fetch ended without a context. Fix: run the same version of avp at both ends.")
         self._tally.add("total", started)
-        return without_salt(self._context), receipt(self._agreement, self._context, self._tally)
+        done = receipt(self._agreement, self._context, self._tally)
+        return without_salt(self._context), replace(done, bytes_sent=self._tally.meter.received)  # from there to here
 
     async def _once(self) -> Event:
         theirs = await self._outline()
@@ -83,7 +84,7 @@ class Fetch:
 
     def _check_agreement(self, about: Event, given: Outline) -> Agreement:
         sender = hello_from_json(about.get("sender"), limits=self._link.own.limits)
-        agreement = negotiate(sender, self._link.own, tokens=len(given.skeleton.tokens))
+        agreement = negotiate(sender, self._link.own, tokens=given.count)
         if about.get("agreement") != agreement_to_json(agreement):
             raise ConnectionFailed(
                 "the two ends computed different agreements from the same hellos. "

@@ -31,11 +31,27 @@ class Portal:
         if threading.current_thread() is self._thread:
             work.close()
             raise UsageError("a blocking call was made in AVP's own event loop. Fix: await the …_async twin.")
-        future = asyncio.run_coroutine_threadsafe(work, loop)
+        running: list[asyncio.Task[object] | None] = []
+        stopped = False
+
+        async def tracked() -> T:
+            if stopped:
+                work.close()
+                raise asyncio.CancelledError
+            running.append(asyncio.current_task())
+            return await work
+
+        def stop() -> None:
+            nonlocal stopped
+            stopped = True
+            for task in running:
+                if task is not None:
+                    task.cancel()
+
         try:
-            return future.result()
-        except BaseException:
-            future.cancel()
+            return asyncio.run_coroutine_threadsafe(tracked(), loop).result()
+        except BaseException:  # an interrupt may come even before there is a future to cancel
+            loop.call_soon_threadsafe(stop)
             raise
 
     def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:

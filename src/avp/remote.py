@@ -35,6 +35,8 @@ from avp.vocabulary import VocabularyCache, check_vocabulary
 _PROBE = 8 << 20  # bytes that are sent to measure bandwidth
 _SHORT = 30.0  # seconds for a call without KV
 _LONG = 600.0  # seconds for a hand-over, a fetch or a generation, where the caller does not say
+_LONGEST = 1e18  # seconds that a handle may be said to live
+_LONGEST = 1e18  # seconds that a handle may be said to live
 _WORTH = 1 << 20  # bytes from which on a hand-over tells the bandwidth
 
 
@@ -329,7 +331,7 @@ def _is_hex(value: str) -> bool:
 
 
 def _is_seconds(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LONGEST
 
 
 def _rounded(rate: float | None) -> float | None:

@@ -181,7 +181,7 @@ class _Growing:
             raise UsageError("a context without a model cannot grow. Fix: pass a connector's steps.")
         skeleton = replace(self.context, length=len(tokens), segments=())
         pages = page_ids(root_page(model, salt=self._salt), tokens)
-        return Outline(skeleton, pages, ((0, Exactness.EXACT),) if pages else (), engine, dtype)
+        return Outline(skeleton, pages, ((0, Exactness.EXACT),) if pages else (), engine, dtype, len(tokens))
 
     async def blobs(self, ranges: Ranges) -> AsyncGenerator[Blob]:
         """The missing pages, sealed, as their segments come; the next step is computed meanwhile."""

@@ -90,8 +90,11 @@ class Generating:
     def _may_fetch(self, url: str, caller: Caller) -> bool:
         if any(url == peer or url.startswith(peer.rstrip("/") + "/") for peer in self._desk.rules.peers):
             return True
-        parts = urlsplit(url)
-        near = parts.scheme in ("mem", "unix") or (parts.hostname or "") in ("localhost", "127.0.0.1", "::1")
+        try:
+            scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
+        except ValueError:  # no URL at all
+            return False
+        near = scheme in ("mem", "unix") or host in ("localhost", "127.0.0.1", "::1")
         return near and caller.address.startswith(_LOCAL)
 
     def _enter(self) -> None:

@@ -61,7 +61,7 @@ class Receiving:
         if session.hello is None or session.own is None:
             raise UsageError("the session was opened without a hello. Fix: shake hands first.")
         given = outline_from_items(event, await anext(items, None), salt=caller.tenant.salt)
-        agreement = negotiate(session.hello, session.own, tokens=len(given.skeleton.tokens))
+        agreement = negotiate(session.hello, session.own, tokens=given.count)
         check_outline(given, session.hello, agreement)
         self._check_length(given)
         reply: dict[str, object] = {"agreement": agreement_to_json(agreement)}
