@@ -76,12 +76,12 @@ class HttpChannel:
     async def _begin1(self, verb: str, meter: Meter) -> tuple[Http1Exchange, Wire]:
         fields = [("Host", self._authority), *self._fields]
         target = f"{self._path}/{verb}"
-        while wire := self._kept():
+        while wire := await self._kept():
             wire.meter = meter
             exchange = Http1Exchange(wire, target=target, fields=fields)
             try:
                 await exchange.open()
-                await asyncio.sleep(0)  # the loop sees it if the server had closed it
+                await asyncio.sleep(0)
                 if not wire.closed:
                     return exchange, wire
             except ConnectionFailed:
@@ -125,9 +125,11 @@ class HttpChannel:
             self._shared.append(Http2Connection(wire))
             return self._shared[-1]
 
-    def _kept(self) -> Wire | None:
+    async def _kept(self) -> Wire | None:
         while self._idle:
             wire, since = self._idle.pop()
+            for _ in range(3):  # the loop looks at the socket: did the server close it?
+                await asyncio.sleep(0)
             if not wire.closed and monotonic() - since < _STALE:
                 return wire
             wire.abort()

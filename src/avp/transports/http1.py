@@ -31,16 +31,13 @@ class _Parser:
     def __init__(self) -> None:
         self.head: Head | None = None
         self.done = False
+        self.reusable = False  # the connection carries another call
         self.pieces: deque[bytes] = deque()
         self._fields: dict[str, str] = {}
         self._http = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
         self._http.feed_data(data)
-
-    @property
-    def reusable(self) -> bool:
-        return self.done and self._http.should_keep_alive()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._fields[name.decode("latin-1").lower()] = value.decode("latin-1")
@@ -56,6 +53,7 @@ class _Parser:
 
     def on_message_complete(self) -> None:
         self.done = self.head is not None
+        self.reusable = self.done and self._http.should_keep_alive()
 
 
 class Http1Exchange:
@@ -92,9 +90,7 @@ class Http1Exchange:
             data = await self._read()
             taken += len(data)
             if not data:
-                raise ConnectionFailed(
-                    "the server ended the connection without an answer. Fix: look at its log; call again."
-                )
+                raise ConnectionFailed(f"{self._wire.parting}; no answer came. Fix: look at its log; call again.")
             if taken > _HEAD and self._parser.head is None:
                 raise ConnectionFailed("the head of the answer is too long. Fix: check that the URL is an endpoint's.")
         return self._parser.head

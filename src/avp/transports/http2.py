@@ -25,6 +25,8 @@ Fields = Sequence[tuple[bytes, bytes]]
 
 _FRAME = 1 << 18  # bytes of the largest frame that we take
 _CAREFUL = 16  # streams that are opened before the other end says how many it allows
+_FIELDS = (1, 9)  # types of frames that hold header fields
+PREFACE = 24  # bytes before a client's first frame
 _RESETS = 200  # streams that a client may cancel on one connection
 
 
@@ -154,6 +156,43 @@ class Stream:
         await self._news.wait()
 
 
+class Frames:
+    """Finds the frames in a row of bytes, and what belongs to which stream."""
+
+    def __init__(self, *, skip: int, header: int = _FRAME) -> None:
+        self._header = header
+        self._head = bytearray()
+        self._left = skip  # bytes of the frame that is going by
+        self._number = 0
+        self.overlong = False  # one is longer than it may be: h2 would say so when it has all of it
+
+    def feed(self, data: bytes) -> dict[int, int]:
+        """Bytes by stream; those of the connection itself under 0."""
+        counts: dict[int, int] = {}
+        start = 0
+        while start < len(data):
+            if self._left:
+                taken = min(self._left, len(data) - start)
+                self._left -= taken
+            else:
+                taken = min(9 - len(self._head), len(data) - start)
+                self._head += data[start : start + taken]
+                if len(self._head) < 9:
+                    counts[0] = counts.get(0, 0) + taken  # a frame's head in two pieces, a few bytes
+                    return counts
+                self._begin()
+            counts[self._number] = counts.get(self._number, 0) + taken
+            start += taken
+        return counts
+
+    def _begin(self) -> None:
+        self._left = int.from_bytes(self._head[:3], "big")
+        self._number = int.from_bytes(self._head[5:9], "big") & 0x7FFFFFFF
+        most = self._header if self._head[3] in _FIELDS else _FRAME
+        self.overlong = self.overlong or self._left > most
+        self._head.clear()
+
+
 class Http2:
     """A connection. `write` puts bytes on the socket; `opened` is called with each stream that the other end begins."""
 
@@ -172,6 +211,8 @@ class Http2:
         self._h2 = h2.connection.H2Connection(config=config)
         self._write, self.drain = write, drain
         self._opened = opened
+        self._frames = Frames(skip=0 if client else PREFACE, header=windows.header)
+        self.ended = False  # by us
         self._resets = 0
         self._settled = False  # the other end said what it allows
         self._start(client, windows)
@@ -190,13 +231,17 @@ class Http2:
         self._h2.increment_flow_control_window(windows.connection - 65535)
         self.flush()
 
-    def receive(self, data: bytes) -> None:
-        """Bytes from the socket.
+    def receive(self, data: bytes) -> dict[int, int]:
+        """Bytes from the socket; how many of them belong to which stream, 0 being the connection itself.
 
         Raises:
             ConnectionFailed: they are no HTTP/2; nothing more can be done with the connection.
         """
+        counts = self._frames.feed(data)
         try:
+            if self._frames.overlong:
+                self.close(h2.errors.ErrorCodes.FRAME_SIZE_ERROR)
+                raise h2.exceptions.FrameTooLargeError
             events = self._h2.receive_data(data)
             for event in events:
                 self._handle(event)
@@ -207,6 +252,7 @@ class Http2:
             raise ConnectionFailed(
                 f"what came is no valid HTTP/2 ({type(error).__name__}). Fix: check that the other end speaks it."
             ) from error
+        return counts
 
     def _handle(self, event: h2.events.Event) -> None:
         if isinstance(event, h2.events.RemoteSettingsChanged | h2.events.WindowUpdated):
@@ -302,6 +348,7 @@ class Http2:
 
     def close(self, code: h2.errors.ErrorCodes = h2.errors.ErrorCodes.NO_ERROR) -> None:
         """Say good-bye; streams that are open are lost."""
+        self.ended = True
         with suppress(h2.exceptions.ProtocolError):
             self._h2.close_connection(code)
         self.flush()

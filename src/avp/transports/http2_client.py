@@ -9,41 +9,10 @@ from contextlib import aclosing
 from avp.errors import AVPError, Busy, ConnectionFailed
 from avp.protocols import Meter
 from avp.transports.http1 import Head
-from avp.transports.http2 import Http2, Stream, Windows
+from avp.transports.http2 import PREFACE, Frames, Http2, Stream, Windows
 from avp.transports.http_wire import Wire
 
 _WINDOWS = Windows(stream=1 << 21, connection=1 << 27, streams=64, header=1 << 16)
-_PREFACE = 24  # bytes before a client's first frame
-
-
-class _Frames:
-    """Finds the frames in a row of bytes, so that each is counted for the call whose stream it belongs to."""
-
-    def __init__(self, *, skip: int) -> None:
-        self._head = bytearray()
-        self._left = skip  # bytes of the frame that is going by
-        self._number = 0
-
-    def feed(self, data: bytes) -> dict[int, int]:
-        """Bytes by stream; those of the connection itself under 0."""
-        counts: dict[int, int] = {}
-        start = 0
-        while start < len(data):
-            if self._left:
-                taken = min(self._left, len(data) - start)
-                self._left -= taken
-            else:
-                taken = min(9 - len(self._head), len(data) - start)
-                self._head += data[start : start + taken]
-                if len(self._head) < 9:
-                    counts[0] = counts.get(0, 0) + taken  # a frame's head in two pieces, a few bytes
-                    return counts
-                self._left = int.from_bytes(self._head[:3], "big")
-                self._number = int.from_bytes(self._head[5:9], "big") & 0x7FFFFFFF
-                self._head.clear()
-            counts[self._number] = counts.get(self._number, 0) + taken
-            start += taken
-        return counts
 
 
 class Http2Connection:
@@ -54,7 +23,7 @@ class Http2Connection:
         self._meters: dict[int, Meter] = {}
         self._opener = wire.meter or Meter()  # pays for what belongs to no call
         wire.meter = None
-        self._out, self._in = _Frames(skip=_PREFACE), _Frames(skip=0)
+        self._frames = Frames(skip=PREFACE)
         self.engine = Http2(client=True, write=self._write, drain=wire.drain, windows=_WINDOWS)
         self._reading = asyncio.create_task(self._read())
         self.failure: AVPError | None = None
@@ -85,7 +54,7 @@ class Http2Connection:
         await asyncio.wait({self._reading})
 
     def _write(self, data: bytes) -> None:
-        for number, size in self._out.feed(data).items():
+        for number, size in self._frames.feed(data).items():
             self._meters.get(number, self._opener).sent += size
         try:
             self._wire.send(data)
@@ -99,12 +68,11 @@ class Http2Connection:
                 if first and data.startswith(b"HTTP/1."):
                     raise _no_http2(data)
                 first = False
-                for number, size in self._in.feed(data).items():
+                for number, size in self.engine.receive(data).items():
                     self._meters.get(number, self._opener).received += size
-                self.engine.receive(data)
         except AVPError as error:
             self.failure = error
-        self.engine.lose("the server ended the connection")
+        self.engine.lose(self._wire.parting)
         self._wire.close()
 
 

@@ -69,6 +69,8 @@ class Http2Protocol(asyncio.Protocol):
             self._engine.receive(data)
         except ConnectionFailed:
             self.transport.close()
+        if self._engine.ended:
+            self.transport.close()
         if self.transport.get_write_buffer_size() > _UNREAD:
             self.transport.abort()
 

@@ -58,6 +58,7 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._rules = rules
         self._timer: asyncio.TimerHandle | None = None
         self._refused = False
+        self._inside = False  # a body comes
         self._head = 0  # bytes of a head that is not complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -79,13 +80,9 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             return
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._begin()
-        if self._timer is None:
-            super().data_received(cast(bytes, data))
-            return
-        # A head in pieces is fed in pieces, so that one that is too long is not kept before it is noticed.
-        self._head += len(data[: self._rules.header + 1])
+        self._head += 0 if self._inside else len(data)
         super().data_received(cast(bytes, data))
-        if self._timer is not None and self._head > self._rules.header:
+        if self._timer is not None and not self._inside and self._head > self._rules.header:
             self._refuse(_TOO_LONG)
 
     def on_headers_complete(self) -> None:
@@ -93,6 +90,7 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self._rules.header:
             self._refuse(_TOO_LONG)
         if not self._refused:
+            self._inside = True
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -112,6 +110,7 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
     def on_message_complete(self) -> None:
         if self._refused:
             return
+        self._inside = False
         if self.cycle.response_complete:  # it was answered before its end, which came now
             self._stop()
             self.timeout_keep_alive_task = self.loop.call_later(_KEPT, self.timeout_keep_alive_handler)
@@ -127,8 +126,7 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._timer = None
 
     def _late(self) -> None:
-        answered = self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
-        self._refuse(b"" if answered else _TOO_SLOW)
+        self._refuse(b"" if self._inside else _TOO_SLOW)  # a body that goes on was answered already
 
     def _refuse(self, answer: bytes) -> None:
         self._stop()

@@ -159,6 +159,8 @@ async def send_error(send: Send, error: AVPError, *, status: int | None = None) 
         fields.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
     if isinstance(error, AccessDenied):
         fields.append((b"www-authenticate", b"Bearer"))
+    if status == 408:
+        fields.append((b"connection", b"close"))
     found = next((number for kind, number in _STATUS if isinstance(error, kind)), 500)
     await _send_json(send, status or found, {"error": error_to_json(error)}, fields)
 
@@ -241,5 +243,5 @@ class Log:
 def _shown(path: str) -> str:
     before, found, handle = path.partition("/contexts/")
     if found:
-        path = f"{before}{found}{handle[:6]}…"
+        path = f"{before}{found}{handle[:6]}..."
     return path[:100].encode("ascii", "backslashreplace").decode() if path.isprintable() else "?"

@@ -70,6 +70,7 @@ class Wire(asyncio.BufferedProtocol):
         self._pieces: deque[bytes] = deque()
         self._waiting = 0  # bytes in `_pieces`
         self._paused = False  # reading is
+        self._heard = False  # something that was not the handshake's
         self._arrived, self._writable = asyncio.Event(), asyncio.Event()
         self._transport: asyncio.Transport
 
@@ -118,6 +119,13 @@ class Wire(asyncio.BufferedProtocol):
     def http2(self) -> bool:
         """Whether TLS agreed on HTTP/2."""
         return self._tls is not None and self._tls.selected_alpn_protocol() == "h2"
+
+    @property
+    def parting(self) -> str:
+        """That the server ended the connection, and a guess why."""
+        if self._tls is None or self._heard:
+            return "the server ended the connection"
+        return "the server ended the connection, maybe because it wants a client certificate (cert and key)"
 
     async def handshake(self) -> None:
         """Wait until TLS is up.
@@ -208,6 +216,7 @@ class Wire(asyncio.BufferedProtocol):
         self._writable.set()
 
     def _keep(self, data: bytes) -> None:
+        self._heard = True
         self._pieces.append(data)
         self._waiting += len(data)
         if self._waiting > _AHEAD and not self._paused:
