@@ -148,9 +148,10 @@ def test_what_was_passed_is_not_kept() -> None:
         transport = MemTransport()
         listener = await transport.serve(EchoEndpoint(), "mem:a", security=Security())
         channel = transport.connect("mem:a", security=Security())
+        before = [each for each in gc.get_objects() if type(each) is Blob]  # what other tests keep
         await ask(channel, "count", *(large_blob() for _ in range(3)))
         gc.collect()
-        assert not [each for each in gc.get_objects() if type(each) is Blob]
+        assert len([each for each in gc.get_objects() if type(each) is Blob]) <= len(before)
         await listener.close()
 
     asyncio.run(scenario())
