@@ -236,3 +236,26 @@ async def _no_server() -> None:
     async with avp.connect_async("mem:nobody-is-here") as remote:
         with pytest.raises(avp.ConnectionFailed, match="nobody is served"):
             await remote.hello()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_agent_shows_its_token_to_its_peers_and_to_no_other_url_that_a_caller_names(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AVP_TOKEN", "of the environment")
+    url = f"mem:third-{named}"
+    third = Agent(connector(0), name="third", security=Security(tokens={"ours": Tenant()}))
+    peers = [url] if named else []
+    with (
+        third,
+        avp.serve(third, url),
+        Agent(connector(1), name="b", security=Security(token="ours"), peers=peers) as b,
+        Agent(connector(2), name="a", security=Security(token="ours")) as a,
+        a.connect(b) as remote,
+    ):
+        handle = a.hand_over(a.prefill(IDS), to=url)
+        if named:
+            assert remote.generate(PROMPT, context=handle, max_new_tokens=2).receipt.tokens_reused == 300
+        else:
+            with pytest.raises(AccessDenied, match="none came"):
+                remote.generate(PROMPT, context=handle, max_new_tokens=2)

@@ -52,7 +52,7 @@ class Agent:
         self.name = name
         self.connector = connector
         self.store: Store = open_store(store) if isinstance(store, str) else MemoryStore() if store is None else store
-        self.security = security or Security()
+        self.security = Security.from_environment() if security is None else security
         floor = Exactness.parse(accept)
         limits = limits or Limits()
         self.own = Own(name, connector, self.store, tenant or Tenant(), limits, floor)
@@ -191,9 +191,14 @@ class Agent:
             return self._remotes[key].on_behalf_of(self.own)
 
     async def _pull(self, url: str, handle: str, tenant: Tenant) -> Context:
-        """Fetch what a caller's handle stands for from the agent that keeps it, into the caller's part of the store."""
+        """Fetch what a caller's handle stands for from the agent that keeps it, into the caller's part of the store.
+
+        The caller chose the URL: our token and certificate are shown there only if it is one of our peers.
+        """
         own = replace(self.own, tenant=tenant)
-        async with connect_async(url, own=own, security=self.security) as remote:
+        named = self.endpoint.desk.rules.is_peer(url)
+        security = self.security if named else replace(self.security, token=None, cert=None, key=None)
+        async with connect_async(url, own=own, security=security) as remote:
             return await remote.fetch(handle)
 
     def _engine(self) -> Connector:

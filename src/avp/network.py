@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 
 from avp import transports
@@ -26,14 +24,12 @@ _SHORT = 30.0
 def connect_async(url: str, *, own: Own | None = None, security: Security | None = None) -> AsyncRemote:
     """The agent at `url`, for use in one event loop; nothing is sent before the first call.
 
-    The bearer token is that of `security`, else the environment's AVP_TOKEN.
+    Without `security` the bearer token is the environment's AVP_TOKEN.
 
     Raises:
         UsageError: no transport takes that URL. MissingExtra: its library is not installed.
     """
-    security = security or Security()
-    if security.token is None:
-        security = replace(security, token=os.environ.get("AVP_TOKEN") or None)
+    security = Security.from_environment() if security is None else security
     return AsyncRemote(transports.find(url).connect(url, security=security), url, own=own)
 
 

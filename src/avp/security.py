@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,11 @@ class Security:
     key: Path | None = None
     insecure: bool = False
     http2: bool = False
+
+    @classmethod
+    def from_environment(cls) -> Security:
+        """Nothing but the bearer token in AVP_TOKEN, if there is one."""
+        return cls(token=os.environ.get("AVP_TOKEN") or None)
 
     @property
     def authenticates(self) -> bool:

@@ -33,6 +33,10 @@ class Rules:
     security: Security = field(default_factory=Security)
     peers: tuple[str, ...] = ()
 
+    def is_peer(self, url: str) -> bool:
+        """Whether the URL is a peer's, or below one."""
+        return any(url == peer or url.startswith(peer.rstrip("/") + "/") for peer in self.peers)
+
 
 class Desk:
     """See the module."""

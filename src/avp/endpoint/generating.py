@@ -88,7 +88,7 @@ class Generating:
             return await self._desk.pull(url, handle, caller.tenant)
 
     def _may_fetch(self, url: str, caller: Caller) -> bool:
-        if any(url == peer or url.startswith(peer.rstrip("/") + "/") for peer in self._desk.rules.peers):
+        if self._desk.rules.is_peer(url):
             return True
         try:
             scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
