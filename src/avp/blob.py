@@ -15,6 +15,7 @@ from avp.bundle import (
     make_header,
     peek,
     read,
+    to_context,
     to_segment,
     verify_segment,
 )
@@ -28,22 +29,31 @@ from avp.shared import SharedTensors
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blob:
-    """A segment, its entry in the manifest, and the runs of bytes whose concatenation is the bundle."""
+    """A segment, its entry in the manifest, and its bytes: `header` and the `tensors` after it, in runs.
+
+    tensors None: they lie raw in shared memory, and nobody has asked for their bytes.
+    """
 
     model: ModelIdentity
     entry: SegmentEntry
     segment: Segment
-    runs: tuple[memoryview, ...]
+    header: memoryview
+    tensors: tuple[memoryview, ...] | None
+
+    @property
+    def runs(self) -> tuple[memoryview, ...]:
+        """The runs of bytes whose concatenation is the bundle; none is a copy."""
+        if self.tensors is not None:
+            return self.header, *self.tensors
+        parts = ((layer, part) for layer in range(len(self.model.layout.layers)) for part in ("k", "v"))
+        return self.header, *(run for layer, part in parts for run in self.segment.read(layer, part).runs())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the bundle."""
-        return sum(map(len, self.runs))
-
-    @property
-    def header(self) -> memoryview:
-        """The bundle up to its first tensor."""
-        return self.runs[0][: header_size(self.runs[0][:8], limits=_ANY)]
+        if self.tensors is None:
+            return len(self.header) + self.entry.count * self.model.layout.bytes_per_token(self.entry.dtype)
+        return len(self.header) + sum(map(len, self.tensors))
 
     def verify(self) -> Blob:
         """Itself, if every digest is right.
@@ -51,7 +61,7 @@ class Blob:
         Raises:
             DigestMismatch: the bytes are not those that were written.
         """
-        if self.entry.codec == "raw" and isinstance(self.segment.tensors, SharedTensors):
+        if self.tensors is None and isinstance(self.segment.tensors, SharedTensors):
             _verify_shared(self.segment.tensors, self.entry)
         else:
             verify_segment(self.segment)
@@ -70,11 +80,13 @@ def seal(model: ModelIdentity, segment: Segment, *, codec: str = "raw") -> Blob:
     """
     how = registry.codec(codec)
     entry, named = encode_segment(segment, len(model.layout.layers), how)
-    header = make_header(_manifest(model, segment, entry), [(f"0{name}", buffer) for name, buffer in named])
-    runs = (memoryview(header), *(run for _, buffer in named for run in buffer.runs()))
+    header = memoryview(make_header(_manifest(model, segment, entry), [(f"0{name}", buffer) for name, buffer in named]))
+    if entry.codec == "raw" and isinstance(segment.tensors, SharedTensors):
+        return Blob(model, entry, segment, header, None)
+    runs = tuple(run for _, buffer in named for run in buffer.runs())
     if how.exactness is Exactness.EXACT:
-        return Blob(model, entry, segment, runs)
-    return open_blob(b"".join(runs), limits=_ANY)
+        return Blob(model, entry, segment, header, runs)
+    return open_blob(b"".join((header, *runs)), limits=_ANY)
 
 
 def _manifest(model: ModelIdentity, segment: Segment, entry: SegmentEntry) -> Manifest:
@@ -87,12 +99,14 @@ def open_bundle(data: bytes | bytearray | memoryview, *, limits: Limits) -> Blob
     Raises:
         BundleError: see `avp.bundle.unpack`.
     """
-    manifest, segments, _ = read(data, limits=limits)
+    manifest, segments, hidden = read(data, limits=limits)
     if manifest.kind != "segment":
-        return Context.from_bytes(data, limits=limits)
+        return to_context(manifest, segments, hidden, verify="now")
     if manifest.model is None:
         raise BundleError("a segment names no model. Fix: ask the sender for a valid bundle.")
-    return Blob(manifest.model, manifest.segments[0], segments[0], (memoryview(data).toreadonly().cast("B"),))
+    view = memoryview(data).toreadonly().cast("B")
+    size = header_size(view, limits=limits)
+    return Blob(manifest.model, manifest.segments[0], segments[0], view[:size], (view[size:],))
 
 
 def open_blob(data: bytes | bytearray | memoryview, *, limits: Limits) -> Blob:
@@ -121,13 +135,7 @@ def open_shared(header: bytes | memoryview, tensors: SharedTensors, *, limits: L
     if not tensors.fits:
         raise BundleError("the shared memory is smaller than what it is said to hold. Fix: send all of the arena.")
     segment = to_segment(entry, manifest.tokens, tensors)
-    runs = tuple(
-        run
-        for layer in range(len(tensors.layout.layers))
-        for part in ("k", "v")
-        for run in tensors.read(layer, part).runs()
-    )
-    return Blob(manifest.model, entry, segment, (memoryview(header).toreadonly(), *runs))
+    return Blob(manifest.model, entry, segment, memoryview(header).toreadonly(), None)
 
 
 def _verify_shared(tensors: SharedTensors, entry: SegmentEntry) -> None:

@@ -197,7 +197,11 @@ def unpack(data: bytes | bytearray | memoryview, *, limits: Limits | None = None
     """
     if verify not in ("now", "use"):
         raise UsageError(f'verify is {verify!r}. Fix: pass "now" or "use".')
-    manifest, segments, hidden = read(data, limits=limits or Limits())
+    return to_context(*read(data, limits=limits or Limits()), verify=verify)
+
+
+def to_context(manifest: Manifest, segments: tuple[Segment, ...], hidden: Buffer | None, *, verify: str) -> Context:
+    """The context that was read; raises as `unpack`."""
     if manifest.kind == "segment":
         raise BundleError("this is one segment, not a context. Fix: pass what Context.to_bytes or save wrote.")
     if verify == "now":

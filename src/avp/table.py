@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise, zip_longest
 from math import prod
 from types import MappingProxyType
@@ -90,7 +91,7 @@ def implied_parts(manifest: Manifest, limits: Limits) -> tuple[list[str], list[P
         raise LimitExceeded(f"the manifest declares more than {limits.tensors} tensors. Fix: raise Limits.tensors.")
     names: list[str] = []
     parts: list[Part] = []
-    forms: dict[tuple[str, str, int], list[Part]] = {}
+    forms: dict[tuple[str, str, int], tuple[Part, ...]] = {}
     for number, entry in enumerate(manifest.segments):
         key = (entry.codec, entry.dtype, entry.count)
         if key not in forms:
@@ -146,25 +147,31 @@ def _sized(name: str, part: Part, entry: object, limits: Limits) -> Part:
     return part._replace(shape=shape, size=shape[0])
 
 
-def _segment_parts(codec: Codec, entry: SegmentEntry, layers: tuple[LayerLayout, ...]) -> list[Part]:
-    """The tensors of a segment, in file order."""
+def _segment_parts(codec: Codec, entry: SegmentEntry, layers: tuple[LayerLayout, ...]) -> tuple[Part, ...]:
+    """The tensors of a segment, in file order; many bundles of one model ask for the same."""
+    try:
+        count = sum(2 * len(codec.parts(entry.dtype, layer_shape(layer, entry.count))) for layer in layers[:1])
+        if len(entry.digests) != 16 * count * len(layers):  # before anything is made for each tensor
+            raise _digest_count(entry, count * len(layers))
+        return _forms(codec.name, entry.dtype, entry.count, layers)
+    except UsageError as error:
+        raise BundleError(f"codec {codec.name} does not take {entry.dtype}. {_ASK}") from error
+
+
+@lru_cache(maxsize=64)
+def _forms(codec: str, dtype: str, count: int, layers: tuple[LayerLayout, ...]) -> tuple[Part, ...]:
     parts: list[Part] = []
     for index, layer in enumerate(layers):
-        shape = layer_shape(layer, entry.count)
-        try:
-            form = codec.parts(entry.dtype, shape)
-        except UsageError as error:
-            raise BundleError(f"codec {codec.name} does not take {entry.dtype}. {_ASK}") from error
-        if len(entry.digests) != 32 * len(form) * len(layers):  # before anything is made for each tensor
-            raise _digest_count(entry, 2 * len(form) * len(layers))
-        sizes = (prod(size) * itemsize(dtype) for dtype, size in form.values() if size is not None)
-        logical, beside = prod(shape) * itemsize(entry.dtype), sum(sizes)
+        shape = layer_shape(layer, count)
+        form = registry.codec(codec).parts(dtype, shape)
+        sizes = (prod(size) * itemsize(part) for part, size in form.values() if size is not None)
+        logical, beside = prod(shape) * itemsize(dtype), sum(sizes)
         for letter in ("k", "v"):
             parts += [
-                _part(f"/{index}/{letter}{suffix}", dtype, size)._replace(logical=logical, beside=beside)
-                for suffix, (dtype, size) in form.items()
+                _part(f"/{index}/{letter}{suffix}", part, size)._replace(logical=logical, beside=beside)
+                for suffix, (part, size) in form.items()
             ]
-    return parts
+    return tuple(parts)
 
 
 def _digest_count(entry: SegmentEntry, count: int) -> BundleError:

@@ -41,7 +41,7 @@ def shared_blob() -> Blob:
     file = MemoryFile.create(len(rows))
     os.pwrite(file.fd, rows, 0)
     tensors = SharedTensors.of(file, layout, "bfloat16", 32, 0, 32)
-    return Blob(plain.model, plain.entry, type(kv)(*_fields(kv), tensors), plain.runs)
+    return Blob(plain.model, plain.entry, type(kv)(*_fields(kv), tensors), plain.header, None)
 
 
 def _fields(segment: object) -> list[object]:
