@@ -2,85 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avp import registry
-from avp.agent import Agent, serve_async
-from avp.blob import Blob, seal
+from avp.agent import Agent
 from avp.context import Context, text_context
-from avp.delta import outline, outline_to_items, pieces, ranges_from_json
-from avp.direct import DirectChannel
-from avp.errors import (
-    AccessDenied,
-    AVPError,
-    BundleError,
-    Busy,
-    ConnectionFailed,
-    HandleExpired,
-    NoAgreement,
-    UsageError,
-)
-from avp.greeting import hello_to_json
-from avp.handshake import CodecOffer, Hello, Record, negotiate
-from avp.protocols import Event, Item, Meter
+from avp.delta import outline, outline_to_items
+from avp.errors import AccessDenied, AVPError, BundleError, HandleExpired, UsageError
+from avp.protocols import Item
 from avp.security import Caller, Security, Tenant
-from avp.segment import Exactness
-from avp.session import Quota
-from avp.transfer import Link, Tally, send
 
+from .callers import ANNA, BERT, announce, ask, event_of, hello_of, shake
 from .peers import IDS, connector, positions, run, tapped
-
-ANNA, BERT = Tenant.named("anna"), Tenant.named("bert")
 
 
 @pytest.fixture
 def agent() -> Iterator[Agent]:
     with Agent(connector(1), name="b") as made:
         yield made
-
-
-async def ask(agent: Agent, verb: str, *items: Item, caller: Caller | None = None) -> list[Item]:
-    async def sent() -> AsyncIterator[Item]:
-        for item in items:
-            yield item
-
-    channel = DirectChannel(agent.endpoint, caller=caller)
-    async with channel.call(verb, sent(), meter=Meter()) as answer:
-        return [item async for item in answer]
-
-
-async def event_of(agent: Agent, verb: str, *items: Item, caller: Caller | None = None) -> Event:
-    (event,) = await ask(agent, verb, *items, caller=caller)
-    assert isinstance(event, Mapping)
-    return event
-
-
-def hello_of(context: Context, **changes: object) -> Hello:
-    return replace(Hello("one", context.model, "transformers", "float32"), **changes)  # type: ignore[arg-type]
-
-
-async def shake(agent: Agent, hello: Hello, caller: Caller | None = None) -> Event:
-    return await event_of(agent, "hello", {"hello": hello_to_json(hello)}, caller=caller)
-
-
-async def announce(agent: Agent, context: Context, *, caller: Caller | None = None) -> tuple[Event, list[Blob]]:
-    """What `have` answers, and the blobs that it asks for."""
-    event = await shake(agent, hello_of(context), caller)
-    told, segments = outline(context, "kv", salt=bytes.fromhex(str(event["salt"])))
-    about, skeleton = outline_to_items(told)
-    reply = await event_of(agent, "have", {**about, "session": event["session"]}, skeleton, caller=caller)
-    assert context.model is not None
-    due = ranges_from_json(reply["missing"], len(told.pages))
-    return reply, [seal(context.model, piece) for piece in pieces(segments, due)]
 
 
 # --- hand-over, by hand
@@ -208,149 +152,6 @@ def test_a_token_says_which_tenant_calls() -> None:
             agent.endpoint.admit(None, address="10.0.0.1")
 
 
-# --- generation
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_new_tokens": "5"},
-        {"max_new_tokens": True},
-        {"max_new_tokens": 0},
-        {"max_new_tokens": 2.0},
-        {"max_new_tokens": 10**30},
-        {"min_new_tokens": -1},
-        {"temperature": "hot"},
-        {"temperature": 10**400},
-        {"temperature": float("nan")},
-        {"temperature": -1},
-        {"top_p": 0},
-        {"top_p": [1]},
-        {"stop": 5},
-        {"stop": [5]},
-        {"stop": [""]},
-        {"seed": "x"},
-        {"seed": -1},
-        {"seed": 2**64},
-        {"tools": "x"},
-        {"tools": [5]},
-        {"tools": {}},
-        {"chat_template_kwargs": []},
-        {"accept": "text"},
-        {"source": 5},
-        "max_new_tokens",
-        None,
-        [],
-    ],
-    ids=lambda options: str(options)[:30],
-)
-def test_options_of_the_wrong_type_or_range_are_a_usage_error(agent: Agent, options: object) -> None:
-    with pytest.raises(UsageError, match="Fix:"):
-        run(ask(agent, "generate", {"prompt": "hi", "options": options}))
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [None, 5, {}, [None], [True], [1, "a"], [[1]], [1.5], [320], [-5], [10**30], [{"role": 5, "content": "x"}], ""],
-    ids=str,
-)
-def test_a_prompt_that_is_none_is_a_usage_error(agent: Agent, prompt: object) -> None:
-    with pytest.raises(UsageError, match="Fix:"):
-        run(ask(agent, "generate", {"prompt": prompt, "options": {"max_new_tokens": 1}}))
-
-
-def test_an_agent_without_a_model_generates_nothing() -> None:
-    with Agent(name="shelf") as shelf, pytest.raises(UsageError, match="shelf has no model"):
-        run(ask(shelf, "generate", {"prompt": "hi"}))
-
-
-def test_only_as_many_generations_run_and_wait_as_the_quota_says() -> None:
-    async def scenario() -> None:
-        with Agent(connector(1), name="b", quota=Quota(running=1, waiting=1)) as agent:
-            remote, _ = tapped(agent, agent)
-            streams = [remote.stream([5, 6], max_new_tokens=40, min_new_tokens=40) for _ in range(3)]
-            results = await asyncio.gather(*(stream.result() for stream in streams), return_exceptions=True)
-            kinds = sorted(type(result).__name__ for result in results)
-            assert kinds == ["Busy", "RemoteGeneration", "RemoteGeneration"]
-            assert [result.retry_after for result in results if isinstance(result, Busy)] == [2.0]
-            await remote.stream([5, 6], max_new_tokens=1).result()
-
-    run(scenario())
-
-
-def test_a_generation_that_waits_when_its_agent_closes_is_told_so() -> None:
-    async def scenario() -> None:
-        agent = Agent(connector(1), name="b", quota=Quota(running=1))
-        remote, _ = tapped(agent, agent)
-        first = remote.stream([5, 6], max_new_tokens=300, min_new_tokens=300)
-        await anext(aiter(first))
-        second = asyncio.create_task(remote.stream([5, 6], max_new_tokens=1).result())
-        await anext(aiter(first))
-        agent.endpoint.close()
-        with pytest.raises(ConnectionFailed, match="closed before the generation began"):
-            await second
-        with pytest.raises(ConnectionFailed, match="closed before"):
-            await remote.stream([5, 6], max_new_tokens=1).result()
-        assert len((await first.result()).tokens) == 300  # what was under way ends as it would
-        agent.close()
-
-    run(scenario())
-
-
-# --- a third agent's handle
-
-
-def test_a_handle_of_a_third_agent_is_fetched_from_there_for_callers_of_this_machine() -> None:
-    async def scenario() -> None:
-        with Agent(connector(0), name="a") as a, Agent(connector(1), name="b") as b, Agent(connector(2), name="c") as c:
-            async with await serve_async(c, "mem:third"):
-                async with a.connect_async("mem:third") as third:
-                    handle = await third.hand_over(context)
-                assert handle.url == "mem:third"
-                remote, channel = tapped(a, b)
-                far = await remote.stream([4, 5], context=handle, max_new_tokens=5).result()
-                assert far.tokens == connector(0).generate([4, 5], context=context, max_new_tokens=5).tokens
-                assert not channel.sent
-                assert far.receipt.tokens_reused == 300
-
-    context = connector(0).prefill(IDS)
-    run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("url", "address", "allowed"),
-    [
-        ("http://127.0.0.1:8000", "127.0.0.1", True),
-        ("http://localhost:1", "unix", True),
-        ("mem:third", "in-process", True),
-        ("http://127.0.0.1:8000", "10.0.0.9", False),
-        ("mem:third", "10.0.0.9", False),
-        ("http://far.example", "127.0.0.1", False),
-        ("http://localhost@far.example", "127.0.0.1", False),
-        ("http://127.0.0.1.far.example", "127.0.0.1", False),
-        ("file:/etc/passwd", "127.0.0.1", False),
-        ("http://peer.example:80", "10.0.0.9", True),
-        ("http://peer.example:80/x", "10.0.0.9", True),
-        ("http://peer.example:8080", "10.0.0.9", False),
-        ("http://peer.example:80@far.example", "10.0.0.9", False),
-        ("http://[::1", "127.0.0.1", False),
-    ],
-)
-def test_far_callers_may_name_peers_only_and_near_ones_this_machine(url: str, address: str, allowed: bool) -> None:
-    asked: list[tuple[str, str, Tenant]] = []
-
-    async def pull(where: str, handle: str, tenant: Tenant) -> Context:
-        asked.append((where, handle, tenant))
-        raise HandleExpired("it is not there. Fix: none.")
-
-    with Agent(connector(1), name="b", peers=["http://peer.example:80"]) as agent:
-        agent.endpoint.desk.pull = pull
-        call = ask(agent, "generate", {"prompt": "x", "handle": "h", "url": url}, caller=Caller(ANNA, address))
-        with pytest.raises(HandleExpired if allowed else (AccessDenied, UsageError)):
-            run(call)
-        assert asked == ([(url, "h", ANNA)] if allowed else [])
-
-
 # --- everything else that may come
 
 
@@ -383,94 +184,4 @@ def test_the_vocabulary_is_told_by_its_digest_only(agent: Agent) -> None:
         with pytest.raises(UsageError, match="is not this model's"):
             await ask(agent, "vocabulary", {"digest": "f" * 64})
 
-    run(scenario())
-
-
-# --- a codec that loses something
-
-PLUGIN = """
-import numpy as np
-from avp.buffers import Buffer
-from avp.segment import Exactness
-
-
-class Coarse:
-    name = "coarse8"
-    exactness = Exactness.BOUNDED
-
-    def parts(self, dtype, shape):
-        return {"": ("int8", shape), ".scale": ("float32", (1, 1, 1))}
-
-    def encode(self, tensor):
-        scale = np.full((1, 1, 1), max(np.abs(tensor.array).max(), 1e-9) / 127, np.float32)
-        return {"": Buffer("int8", np.rint(tensor.array / scale).astype(np.int8)), ".scale": Buffer("float32", scale)}
-
-    def decode(self, parts, dtype, shape):
-        return Buffer("float32", parts[""].array.astype(np.float32) * parts[".scale"].array)
-
-
-CODEC = Coarse()
-"""
-
-
-@pytest.fixture
-def coarse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    (tmp_path / "coarse_plugin.py").write_text(PLUGIN)
-    info = tmp_path / "coarse_plugin-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: coarse-plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[avp.codecs]\ncoarse8 = coarse_plugin:CODEC\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "coarse8"
-    registry.load.cache_clear()
-    sys.modules.pop("coarse_plugin", None)
-
-
-def test_after_a_lossy_hand_over_an_exact_one_transfers_again(coarse: str) -> None:
-    async def scenario() -> None:
-        with Agent(connector(0), name="a") as a, Agent(connector(1), name="b", accept="bounded") as b:
-            remote, channel = tapped(a, b)
-            with pytest.raises(NoAgreement, match="no record for these weights"):
-                await remote.hand_over(context, codec=coarse, accept="bounded")
-            assert context.model is not None
-            record = Record(context.model.weights, 0.001, 0.99, 0.95)
-            offer = CodecOffer(coarse, Exactness.BOUNDED, 0.25, records=(record,))
-            hello = hello_of(context, codecs=(offer,), accept=Exactness.BOUNDED)
-            event = await shake(b, hello)
-            link = Link(channel, str(event["session"]), b"", hello, b.hello())
-            agreement = negotiate(hello, b.hello(), tokens=len(context))
-            assert (agreement.mode, agreement.codec, agreement.exactness) == ("kv", coarse, Exactness.BOUNDED)
-            lossy = await send(link, context, agreement, Tally())
-            assert lossy["exactness"] == "bounded"
-            assert positions(channel.sent) == 300
-            assert sum(blob.nbytes for blob in channel.sent) < 0.5 * context.nbytes
-            with b.endpoint.desk.handles.use(str(lossy["handle"]), Tenant()) as there:
-                assert there.exactness is Exactness.BOUNDED
-            await send(link, context, agreement, Tally())
-            assert positions(channel.sent) == 300  # the lossy form will do for who asks for no more
-            exact = await remote.hand_over(context)
-            assert positions(channel.sent) == 600
-            assert exact.exactness is Exactness.EXACT
-            assert exact.receipt is not None
-            assert exact.receipt.bytes_reused == 0
-            far = await remote.stream([4, 5], context=exact, max_new_tokens=8).result()
-            assert far.tokens == connector(0).generate([4, 5], context=context, max_new_tokens=8).tokens
-
-    context = connector(0).prefill(IDS)
-    run(scenario())
-
-
-def test_a_lossy_segment_that_claims_to_be_exact_is_refused(coarse: str) -> None:
-    async def scenario() -> None:
-        with Agent(connector(1), name="b") as b:
-            reply, blobs = await announce(b, context)
-            assert context.model is not None
-            lossy = seal(context.model, blobs[0].segment, codec=coarse)
-            assert lossy.segment.exactness is Exactness.BOUNDED
-            forged = replace(lossy, segment=replace(lossy.segment, exactness=Exactness.EXACT))
-            with pytest.raises(BundleError, match="engine, dtype or class"):
-                await ask(b, "receive", {"transfer": reply["transfer"]}, forged)
-            assert not list(b.store.entries())
-
-    context = connector(0).prefill(IDS[:64])
     run(scenario())
