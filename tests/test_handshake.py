@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from avp.errors import NoAgreement
 from avp.greeting import agreement_to_json, hello_from_json, hello_to_json
-from avp.handshake import MODES, Agreement, CodecOffer, Floor, Hello, Record, Verdict, estimate, negotiate
+from avp.handshake import MODES, Agreement, CodecOffer, Floor, Hello, Record, Verdict, negotiate
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity, canonical_json
 from avp.manifest import Limits
 from avp.segment import Exactness
@@ -246,8 +246,3 @@ def test_a_fallback_names_why_nothing_better_was_possible() -> None:
     found = negotiate(replace(ONE, **lax), replace(TWO, model=MODELS[4], **lax), tokens=5)  # type: ignore[arg-type]
     assert (found.mode, found.exactness, found.codec) == ("tokens", Exactness.TEXT, None)
     assert [reason.partition(":")[0] for reason in found.reasons] == ["kv", "translated", "projected"]
-
-
-def test_an_estimate_gives_seconds_for_what_is_possible() -> None:
-    found = negotiate(ONE, TWO, tokens=1000)
-    assert estimate(found, bandwidths=[128e3, 128e6]) == {"kv": (1.0, 0.001)}

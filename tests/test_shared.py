@@ -100,7 +100,7 @@ def test_nobody_who_holds_the_descriptor_can_change_the_size_under_a_mapping() -
 
 
 def test_tensors_lie_k_before_v_layer_by_layer_without_gaps() -> None:
-    assert list(arena_offsets(LAYOUT, "float32", 10)) == [(0, 320), (640, 880)]
+    assert list(arena_offsets(LAYOUT, 4, 10)) == [(0, 320), (640, 880)]
     assert arena_bytes(LAYOUT, "float32", 10) == 880 + 240
     assert arena_bytes(LAYOUT, "bfloat16", 10) == (880 + 240) // 2
 

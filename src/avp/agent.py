@@ -19,14 +19,12 @@ from avp.network import AsyncServer, Remote, Server, connect_async
 from avp.portal import PORTAL
 from avp.protocols import Connector, Prompt, Store, TextStream
 from avp.receipt import Generation
-from avp.remote import AsyncRemote, Own
+from avp.remote import LONG, AsyncRemote, Own
 from avp.security import Caller, Security, Tenant
 from avp.segment import Exactness
 from avp.session import Quota
 from avp.stores import open_store
 from avp.stores.memory import MemoryStore
-
-_LONG = 600.0
 
 
 class Agent:
@@ -135,7 +133,7 @@ class Agent:
         accept: str | None = None,
         policy: str = "best",
         codec: str | None = None,
-        timeout: float | None = _LONG,
+        timeout: float | None = LONG,
     ) -> Handle:
         """Give another agent a context, or a prompt that is computed here and travels while it is computed.
 
@@ -156,7 +154,7 @@ class Agent:
         accept: str | None = None,
         policy: str = "best",
         codec: str | None = None,
-        timeout: float | None = _LONG,
+        timeout: float | None = LONG,
     ) -> Handle:
         """As `hand_over`, in the caller's event loop."""
         if isinstance(to, AsyncRemote):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from types import MappingProxyType
 
@@ -11,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from avp.errors import UsageError
+
+IOV_MAX = 1024  # runs that the kernel takes at once
 
 # numpy has no bfloat16 and no float8: they travel in the unsigned integer of the same width.
 STORAGE: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
@@ -84,3 +89,23 @@ def from_memory(memory: memoryview, *, dtype: str, shape: tuple[int, ...]) -> Bu
             f"{len(memory)} bytes are not a {dtype} tensor of shape {list(shape)}. Fix: pass all of its bytes."
         )
     return Buffer(dtype, np.frombuffer(memory, dtype=STORAGE[dtype]).reshape(shape))
+
+
+def drop(runs: deque[memoryview], count: int) -> None:
+    """Take the first `count` bytes away."""
+    while runs and count >= len(runs[0]):
+        count -= len(runs.popleft())
+    if count:
+        runs[0] = runs[0][count:]
+
+
+def write_runs(fd: int, runs: Iterable[bytes | memoryview]) -> int:
+    """Write all of the runs to a file, many in one system call; the bytes written. Raises OSError."""
+    size = 0
+    each = iter(runs)
+    while batch := deque(memoryview(run) for run in islice(each, IOV_MAX) if len(run)):
+        while batch:
+            count = os.writev(fd, batch)
+            size += count
+            drop(batch, count)
+    return size

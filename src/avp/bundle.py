@@ -12,14 +12,14 @@ import os
 import struct
 import tempfile
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import MappingProxyType
 
 import xxhash
 
 from avp import registry
-from avp.buffers import Buffer, from_memory
+from avp.buffers import Buffer, from_memory, write_runs
 from avp.context import Context
 from avp.errors import BundleError, DigestMismatch, LimitExceeded, TruncatedBundle, UsageError
 from avp.manifest import HiddenEntry, Limits, Manifest, SegmentEntry, manifest_to_json, parse_json, parse_manifest
@@ -65,21 +65,12 @@ def write(context: Context, path: str | os.PathLike[str], *, codec: str = "raw")
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb", buffering=0) as file:
-            size = 0
-            for runs in ([memoryview(header)], *(tensor.runs() for tensor in tensors)):
-                for run in runs:
-                    _write_all(file.fileno(), run)
-                    size += len(run)
+            size = write_runs(file.fileno(), chain([header], *(tensor.runs() for tensor in tensors)))
         os.replace(name, target)
     except BaseException:
         os.unlink(name)
         raise
     return size
-
-
-def _write_all(fd: int, run: memoryview) -> None:
-    while run:
-        run = run[os.write(fd, run) :]
 
 
 def _lay_out(context: Context, codec_name: str) -> tuple[bytes, list[Buffer]]:

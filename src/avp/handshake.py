@@ -7,9 +7,9 @@ or, with the policy "fastest", the one after which the receiver can go on soones
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from avp import registry
 from avp.errors import NoAgreement
 from avp.identity import ModelIdentity
 from avp.manifest import Limits
@@ -125,13 +125,24 @@ class Agreement:
         return self.taken.codec
 
 
+def offers() -> tuple[CodecOffer, ...]:
+    """All codecs that are installed: those that lose nothing first, raw before the others."""
+    every = (CodecOffer(name, registry.codec(name).exactness) for name in registry.names("avp.codecs"))
+    return tuple(sorted(every, key=lambda each: (each.exactness, each.name != "raw")))
+
+
+def judge(sender: Hello, receiver: Hello, *, tokens: int = 0) -> tuple[Verdict, ...]:
+    """Every mode between two agents, possible or not."""
+    return tuple(_judge(mode, sender, receiver, tokens) for mode in MODES)
+
+
 def negotiate(sender: Hello, receiver: Hello, *, tokens: int = 0) -> Agreement:
     """How `sender` hands a context of `tokens` positions to `receiver`.
 
     Raises:
         NoAgreement: no mode is possible that both accept; the message has a reason for each.
     """
-    verdicts = tuple(_judge(mode, sender, receiver, tokens) for mode in MODES)
+    verdicts = judge(sender, receiver, tokens=tokens)
     possible = [verdict for verdict in verdicts if not verdict.refused]
     if not possible:
         refused = "; ".join(f"{verdict.mode}: {verdict.refused}" for verdict in verdicts)
@@ -272,12 +283,3 @@ def _prefilled(mode: str, sender: Hello, receiver: Hello, tokens: int) -> Verdic
 
 def _slowest(*rates: float | None) -> float | None:
     return min((rate for rate in rates if rate), default=None)
-
-
-def estimate(agreement: Agreement, *, bandwidths: Sequence[float]) -> dict[str, tuple[float, ...]]:
-    """Seconds to send the bytes of each possible mode at these bandwidths, in bytes a second."""
-    return {
-        verdict.mode: tuple(verdict.bytes / rate for rate in bandwidths)
-        for verdict in agreement.verdicts
-        if not verdict.refused
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
@@ -13,12 +14,9 @@ from avp.handshake import Hello
 from avp.portal import PORTAL
 from avp.protocols import Listener, Prompt
 from avp.receipt import Receipt
-from avp.remote import AsyncRemote, Own
+from avp.remote import LONG, SHORT, AsyncRemote, Own
 from avp.remote_stream import RemoteStream
 from avp.security import Security
-
-_LONG = 600.0
-_SHORT = 30.0
 
 
 def connect_async(url: str, *, own: Own | None = None, security: Security | None = None) -> AsyncRemote:
@@ -56,15 +54,15 @@ class Remote:
         """See `AsyncRemote.on_behalf_of`."""
         return self._remote.on_behalf_of(own)
 
-    def hello(self, *, timeout: float | None = _SHORT) -> Hello:
+    def hello(self, *, timeout: float | None = SHORT) -> Hello:
         """See `AsyncRemote.hello`."""
         return PORTAL.run(self._remote.hello(timeout=timeout))
 
-    def measure(self, *, timeout: float | None = _SHORT) -> float:
+    def measure(self, *, timeout: float | None = SHORT) -> float:
         """See `AsyncRemote.measure`."""
         return PORTAL.run(self._remote.measure(timeout=timeout))
 
-    def vocabulary(self, *, timeout: float | None = _SHORT) -> tuple[str, ...]:
+    def vocabulary(self, *, timeout: float | None = SHORT) -> tuple[str, ...]:
         """See `AsyncRemote.vocabulary`."""
         return PORTAL.run(self._remote.vocabulary(timeout=timeout))
 
@@ -75,7 +73,7 @@ class Remote:
         accept: str | None = None,
         policy: str = "best",
         codec: str | None = None,
-        timeout: float | None = _LONG,
+        timeout: float | None = LONG,
     ) -> Handle:
         """See `AsyncRemote.hand_over`."""
         work = self._remote.hand_over(context, accept=accept, policy=policy, codec=codec, timeout=timeout)
@@ -94,7 +92,7 @@ class Remote:
         seed: int | None = None,
         tools: Sequence[Mapping[str, object]] | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
-        timeout: float | None = _LONG,
+        timeout: float | None = LONG,
     ) -> BlockingStream:
         """See `AsyncRemote.stream`: iterate over it for the pieces, then take its `result`."""
         return BlockingStream(
@@ -126,7 +124,7 @@ class Remote:
         seed: int | None = None,
         tools: Sequence[Mapping[str, object]] | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
-        timeout: float | None = _LONG,
+        timeout: float | None = LONG,
     ) -> RemoteGeneration:
         """Text after `context` and `prompt`, made by the other agent; its `.context` is a handle there."""
         return self.stream(
@@ -143,21 +141,21 @@ class Remote:
             timeout=timeout,
         ).result
 
-    def fetch(self, handle: Handle | str, *, accept: str | None = None, timeout: float | None = _LONG) -> Context:
+    def fetch(self, handle: Handle | str, *, accept: str | None = None, timeout: float | None = LONG) -> Context:
         """See `AsyncRemote.fetch`."""
         return PORTAL.run(self._remote.fetch(handle, accept=accept, timeout=timeout))
 
     def receive(
-        self, handle: Handle | str, *, accept: str | None = None, timeout: float | None = _LONG
+        self, handle: Handle | str, *, accept: str | None = None, timeout: float | None = LONG
     ) -> tuple[Context, Receipt]:
         """See `AsyncRemote.receive`."""
         return PORTAL.run(self._remote.receive(handle, accept=accept, timeout=timeout))
 
-    def renew(self, handle: Handle | str, *, timeout: float | None = _SHORT) -> float:
+    def renew(self, handle: Handle | str, *, timeout: float | None = SHORT) -> float:
         """See `AsyncRemote.renew`."""
         return PORTAL.run(self._remote.renew(handle, timeout=timeout))
 
-    def revoke(self, handle: Handle | str, *, timeout: float | None = _SHORT) -> None:
+    def revoke(self, handle: Handle | str, *, timeout: float | None = SHORT) -> None:
         """See `AsyncRemote.revoke`."""
         PORTAL.run(self._remote.revoke(handle, timeout=timeout))
 
@@ -202,8 +200,7 @@ class AsyncServer:
 
     async def close(self) -> None:
         """Take no more calls; let those under way end for a few seconds."""
-        for listener in self._listeners:
-            await listener.close()
+        await asyncio.gather(*(listener.close() for listener in self._listeners))
 
 
 async def serve_async(endpoint: AgentEndpoint, *urls: str) -> AsyncServer:

@@ -32,6 +32,20 @@ class Receipt:
     reasons: tuple[str, ...] = ()
 
 
+def receipt_to_json(receipt: Receipt) -> dict[str, object]:
+    """The fields of a receipt, as they travel and as `--json` prints them."""
+    return {
+        "mode": receipt.mode,
+        "exactness": receipt.exactness.label,
+        "bytes_sent": receipt.bytes_sent,
+        "bytes_reused": receipt.bytes_reused,
+        "tokens_reused": receipt.tokens_reused,
+        "positions_computed": receipt.positions_computed,
+        "seconds": dict(receipt.seconds),
+        "reasons": list(receipt.reasons),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one generation: of the whole prompt, `cached_tokens` came with the context and were not computed."""

@@ -19,7 +19,7 @@ from avp.fetching import Fetch
 from avp.folders import cache_dir
 from avp.greeting import hello_from_json, hello_to_json
 from avp.handle import Handle
-from avp.handshake import Agreement, CodecOffer, Hello, negotiate
+from avp.handshake import Agreement, CodecOffer, Hello, negotiate, offers
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity
 from avp.manifest import Limits
 from avp.portal import within
@@ -33,9 +33,8 @@ from avp.transfer import Link, Tally, ask, receipt, send, send_growing
 from avp.vocabulary import VocabularyCache, check_vocabulary
 
 _PROBE = 8 << 20  # bytes that are sent to measure bandwidth
-_SHORT = 30.0  # seconds for a call without KV
-_LONG = 600.0  # seconds for a hand-over, a fetch or a generation, where the caller does not say
-_LONGEST = 1e18  # seconds that a handle may be said to live
+SHORT = 30.0  # seconds for a call without KV
+LONG = 600.0  # seconds for a hand-over, a fetch or a generation, where the caller does not say
 _LONGEST = 1e18  # seconds that a handle may be said to live
 _WORTH = 1 << 20  # bytes from which on a hand-over tells the bandwidth
 
@@ -83,7 +82,7 @@ class AsyncRemote:
 
     # --- what it is
 
-    async def hello(self, *, timeout: float | None = _SHORT) -> Hello:
+    async def hello(self, *, timeout: float | None = SHORT) -> Hello:
         """What the other agent says of itself.
 
         Raises:
@@ -92,14 +91,14 @@ class AsyncRemote:
         event = await within(ask(self._channel, "hello", [{}], Meter()), timeout, "hello")
         return hello_from_json(event.get("hello"), limits=self.own.limits)
 
-    async def measure(self, *, timeout: float | None = _SHORT) -> float:
+    async def measure(self, *, timeout: float | None = SHORT) -> float:
         """Bytes a second to the other agent, measured with 8 MiB."""
         started = perf_counter()
         await within(ask(self._channel, "probe", [_probe()], Meter()), timeout, "the probe")
         self.bandwidth = _PROBE / (perf_counter() - started)
         return self.bandwidth
 
-    async def vocabulary(self, *, timeout: float | None = _SHORT) -> tuple[str, ...]:
+    async def vocabulary(self, *, timeout: float | None = SHORT) -> tuple[str, ...]:
         """The tokens of the other agent's model, by id; asked for once, then taken from the user's cache."""
         digest = (await self.hello(timeout=timeout)).vocabulary
         if not digest:
@@ -122,7 +121,7 @@ class AsyncRemote:
         accept: str | None = None,
         policy: str = "best",
         codec: str | None = None,
-        timeout: float | None = _LONG,
+        timeout: float | None = LONG,
     ) -> Handle:
         """Give the other agent a context, or a prompt that is computed here and travels while it is computed.
 
@@ -200,7 +199,7 @@ class AsyncRemote:
         seed: int | None = None,
         tools: Sequence[Mapping[str, object]] | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
-        timeout: float | None = _LONG,
+        timeout: float | None = LONG,
     ) -> RemoteStream:
         """Text after `context` and `prompt`, made there: iterate over it, then `await` its `result()`.
 
@@ -230,7 +229,7 @@ class AsyncRemote:
     # --- handles
 
     async def receive(
-        self, handle: Handle | str, *, accept: str | None = None, timeout: float | None = _LONG
+        self, handle: Handle | str, *, accept: str | None = None, timeout: float | None = LONG
     ) -> tuple[Context, Receipt]:
         """The context of a handle, of which only what `own.store` lacks travels, and the receipt of that.
 
@@ -256,11 +255,11 @@ class AsyncRemote:
 
         return await within(work(), timeout, "the fetch")
 
-    async def fetch(self, handle: Handle | str, *, accept: str | None = None, timeout: float | None = _LONG) -> Context:
+    async def fetch(self, handle: Handle | str, *, accept: str | None = None, timeout: float | None = LONG) -> Context:
         """As `receive`, without the receipt."""
         return (await self.receive(handle, accept=accept, timeout=timeout))[0]
 
-    async def renew(self, handle: Handle | str, *, timeout: float | None = _SHORT) -> float:
+    async def renew(self, handle: Handle | str, *, timeout: float | None = SHORT) -> float:
         """Begin the handle's time again; the seconds it lives now. Raises HandleExpired."""
         event = await within(ask(self._channel, "renew", [{"handle": str(handle)}], Meter()), timeout, "renew")
         ttl = event.get("ttl")
@@ -268,7 +267,7 @@ class AsyncRemote:
             raise ConnectionFailed("a renewal was answered without its time. Fix: run the same version of avp at both.")
         return float(str(ttl))
 
-    async def revoke(self, handle: Handle | str, *, timeout: float | None = _SHORT) -> None:
+    async def revoke(self, handle: Handle | str, *, timeout: float | None = SHORT) -> None:
         """End a handle; the KV stays in the store, where only the tenant finds it. Raises HandleExpired."""
         await within(ask(self._channel, "revoke", [{"handle": str(handle)}], Meter()), timeout, "revoke")
 
@@ -343,9 +342,7 @@ def _offers(codec: str | None) -> tuple[CodecOffer, ...]:
     """The named codec, or all that lose nothing, raw first."""
     if codec is not None:
         return (CodecOffer(codec, registry.codec(codec).exactness),)
-    names = sorted(registry.names("avp.codecs"), key=lambda name: (name != "raw", name))
-    offers = [CodecOffer(name, registry.codec(name).exactness) for name in names]
-    return tuple(offer for offer in offers if offer.exactness is Exactness.EXACT)
+    return tuple(offer for offer in offers() if offer.exactness is Exactness.EXACT)
 
 
 def _probe() -> Context:

@@ -18,7 +18,7 @@ from avp.shared import SharedTensors
 
 if TYPE_CHECKING:
     from avp.identity import ModelIdentity
-    from avp.protocols import Tensors
+    from avp.protocols import StoredSegment, Tensors
 
 PAGE = 32  # positions whose KV has one id
 SEGMENT = 8 * PAGE  # positions that travel as one set of tensors
@@ -70,11 +70,11 @@ class Want:
     dtype: str
     at_least: Exactness = Exactness.EXACT
 
-    def accepts(self, segment: Segment) -> bool:
+    def accepts(self, segment: Segment | StoredSegment) -> bool:
         """Whether `segment` will do."""
         return self.grade(segment) <= self.at_least
 
-    def grade(self, segment: Segment) -> Exactness:
+    def grade(self, segment: Segment | StoredSegment) -> Exactness:
         """The class that the segment has for this receiver."""
         own = segment.engine == self.engine and segment.dtype == self.dtype
         return segment.exactness if own else worst([segment.exactness, Exactness.BOUNDED])

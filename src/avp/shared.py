@@ -60,11 +60,11 @@ class MemoryFile:
             os.unlink(self.path)
 
 
-def arena_offsets(layout: CacheLayout, dtype: str, capacity: int) -> Iterator[tuple[int, int]]:
-    """Byte offsets of K and of V, layer by layer."""
+def arena_offsets(layout: CacheLayout, width: int, capacity: int) -> Iterator[tuple[int, int]]:
+    """Byte offsets of K and of V, layer by layer; an element has `width` bytes."""
     offset = 0
     for layer in layout.layers:
-        size = layer.kv_heads * capacity * layer.head_dim * itemsize(dtype)
+        size = layer.kv_heads * capacity * layer.head_dim * width
         yield offset, offset + size
         offset += 2 * size
 
@@ -91,7 +91,7 @@ class SharedTensors:
         cls, file: MemoryFile, layout: CacheLayout, dtype: str, capacity: int, start: int, stop: int
     ) -> SharedTensors:
         """The positions [start, stop) of the arena in `file`."""
-        return cls(file, layout, dtype, capacity, start, stop, tuple(arena_offsets(layout, dtype, capacity)))
+        return cls(file, layout, dtype, capacity, start, stop, tuple(arena_offsets(layout, itemsize(dtype), capacity)))
 
     @property
     def fits(self) -> bool:

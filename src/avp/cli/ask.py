@@ -11,10 +11,11 @@ import click
 
 from avp.cli.connection import cleaned, connection, connection_options
 from avp.cli.source import read_text
-from avp.cli.words import clean, document, handle_to_json, receipt_to_json, say, say_receipt
+from avp.cli.words import clean, document, handle_to_json, say, say_receipt
 from avp.errors import UsageError
 from avp.handle import Handle, RemoteGeneration
 from avp.network import connect_async
+from avp.receipt import receipt_to_json
 from avp.remote_stream import RemoteStream
 from avp.segment import Exactness
 

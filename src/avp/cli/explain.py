@@ -11,7 +11,7 @@ from avp.cli.connection import CLASSES, connection_options
 from avp.cli.source import Source, source_of
 from avp.cli.words import document, facts, say, table
 from avp.errors import NoAgreement
-from avp.handshake import MODES, POLICIES, Agreement, Hello, Verdict, _judge, negotiate
+from avp.handshake import MODES, POLICIES, Agreement, Hello, Verdict, judge, negotiate
 from avp.identity import identity_to_json
 from avp.segment import Exactness
 
@@ -76,12 +76,9 @@ def explain(
 
 
 def _judged(sender: Hello, receiver: Hello, tokens: int) -> _Outcome:
-    verdicts = tuple(_judge(mode, sender, receiver, tokens) for mode in MODES)
+    verdicts = judge(sender, receiver, tokens=tokens)
     by_rate = [
-        [
-            _judge(mode, replace(sender, bandwidth=rate * _GIGABIT), replace(receiver, bandwidth=None), tokens)
-            for mode in MODES
-        ]
+        judge(replace(sender, bandwidth=rate * _GIGABIT), replace(receiver, bandwidth=None), tokens=tokens)
         for rate in _RATES
     ]
     seconds = {mode: tuple(row[index].seconds for row in by_rate) for index, mode in enumerate(MODES)}

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from avp.cli.connection import CLASSES, connection, connection_options, reached
-from avp.cli.words import document, receipt_to_json, say, say_receipt
+from avp.cli.words import document, say, say_receipt
 from avp.errors import UsageError
+from avp.receipt import receipt_to_json
 from avp.remote import Own
 from avp.segment import Exactness
 

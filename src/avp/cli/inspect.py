@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
-from unicodedata import category
 
 import click
 from rich.console import Console
@@ -19,13 +18,12 @@ from rich.text import Text
 
 from avp.bundle import Manifest, header_size, peek, tensor_sizes
 from avp.cli.token_text import TokenText, token_text
+from avp.cli.words import clean
 from avp.errors import BundleError, TruncatedBundle, UsageError
 from avp.manifest import VERSION
 from avp.segment import LATENT
 
 _CHUNK = 1 << 20
-_STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate, line and paragraph separators
-_JOINERS = "\u200c\u200d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +132,10 @@ def _opened(file: str) -> Iterator[FileIO]:
         with FileIO(0, closefd=False) if file == "-" else FileIO(file) as source:
             yield source
     except BundleError as error:
-        raise type(error)(_clean(str(error))) from error  # it may quote the file
+        raise type(error)(clean(str(error))) from error  # it may quote the file
     except OSError as error:
         raise UsageError(
-            f"{_clean(file)} cannot be read: {error.strerror}. Fix: name a bundle, or - for stdin."
+            f"{clean(file)} cannot be read: {error.strerror}. Fix: name a bundle, or - for stdin."
         ) from error
 
 
@@ -233,7 +231,7 @@ def _verdict(file_bytes: int | None, total: int) -> str:
 
 def _check_size(inspection: Inspection) -> None:
     difference = (inspection.file_bytes or 0) - inspection.total_bytes
-    name = _clean(inspection.file)
+    name = clean(inspection.file)
     if inspection.size_check == "truncated":
         raise TruncatedBundle(f"{name} lacks its last {-difference} bytes. Fix: fetch or write the whole bundle.")
     if inspection.size_check == "trailing":
@@ -256,7 +254,7 @@ def _show(inspection: Inspection, *, console: Console) -> None:
         else:
             console.print(_line("TEXT"))
         # Not by the console, which would wrap it.
-        click.echo(_clean(inspection.text.text, keep="\n\t"))
+        click.echo(clean(inspection.text.text, keep="\n\t"))
 
 
 def _facts(inspection: Inspection) -> Table:
@@ -335,12 +333,4 @@ def _table(headings: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Table:
 
 
 def _line(value: str) -> Text:
-    return Text(_clean(value))
-
-
-def _clean(value: str, *, keep: str = "") -> str:
-    """What a stranger wrote, without the characters that steer a terminal; joiners, which scripts need, stay."""
-    return "".join(
-        char if category(char) not in _STEERING or char in _JOINERS or char in keep else ascii(char)[1:-1]
-        for char in value
-    )
+    return Text(clean(value))

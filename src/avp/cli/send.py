@@ -10,11 +10,12 @@ import click
 
 from avp.cli.connection import CLASSES, connection, connection_options, reached
 from avp.cli.source import load_bundle, load_connector, read_text
-from avp.cli.words import document, handle_to_json, receipt_to_json, say_receipt
+from avp.cli.words import document, handle_to_json, say_receipt
 from avp.context import Context, text_context
 from avp.errors import UsageError
 from avp.handshake import POLICIES
 from avp.protocols import Connector, Prompt
+from avp.receipt import receipt_to_json
 from avp.remote import Own
 from avp.segment import Exactness
 from avp.telemetry import Trace, listening

@@ -15,7 +15,7 @@ from avp.cli.words import say
 from avp.context import Context
 from avp.delta import sender_of
 from avp.errors import UsageError
-from avp.handshake import CodecOffer, Hello
+from avp.handshake import Hello, offers
 from avp.identity import ModelIdentity
 from avp.registry import missing_extra
 from avp.segment import Exactness
@@ -101,7 +101,7 @@ def source_of(name: str, *, accept: Exactness) -> Source:
 
 def _file(path: Path, *, accept: Exactness) -> Source:
     """A saved context; a file that is not there yet takes whatever comes."""
-    keeps = Hello(f"file:{path}", codecs=_offers(), accept=Exactness.TEXT)
+    keeps = Hello(f"file:{path}", codecs=offers(), accept=Exactness.TEXT)
     if not path.exists():
         return Source("file", keeps)
     context = load_bundle(path)
@@ -118,7 +118,7 @@ def _model(name: str, *, accept: Exactness) -> Hello:
     ensure_model(name)
     identity = _noted_identity(name) or load_connector(name).identity
     dtype = dtype_name(loading.pick_dtype(None, loading.pick_device(None)))
-    return Hello(name, identity, ENGINE, dtype, codecs=_offers(), accept=accept)
+    return Hello(name, identity, ENGINE, dtype, codecs=offers(), accept=accept)
 
 
 def _noted_identity(name: str) -> ModelIdentity | None:
@@ -144,12 +144,6 @@ def _noted_identity(name: str) -> ModelIdentity | None:
     layout = cache_layout(config, generation or GenerationConfig.from_model_config(config))
     weights = loading._gguf_digest(checkpoint, values) or values
     return ModelIdentity(loading._title(name), config.model_type, weights, tokenizer_fingerprint(tokenizer), layout)
-
-
-def _offers() -> tuple[CodecOffer, ...]:
-    """All codecs, the best first, as an agent offers them."""
-    offers = [CodecOffer(name, registry.codec(name).exactness) for name in registry.names("avp.codecs")]
-    return tuple(sorted(offers, key=lambda each: (each.exactness, each.name != "raw")))
 
 
 def _quiet() -> None:

@@ -74,20 +74,6 @@ def say_receipt(receipt: Receipt, *, did: str) -> None:
         say(f"because: {reason}")
 
 
-def receipt_to_json(receipt: Receipt) -> dict[str, object]:
-    """The fields of a receipt."""
-    return {
-        "mode": receipt.mode,
-        "exactness": receipt.exactness.label,
-        "bytes_sent": receipt.bytes_sent,
-        "bytes_reused": receipt.bytes_reused,
-        "tokens_reused": receipt.tokens_reused,
-        "positions_computed": receipt.positions_computed,
-        "seconds": dict(receipt.seconds),
-        "reasons": list(receipt.reasons),
-    }
-
-
 def handle_to_json(handle: Handle) -> dict[str, object]:
     """The fields of a handle."""
     return {

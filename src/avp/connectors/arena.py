@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from avp.identity import CacheLayout
-from avp.shared import MemoryFile
+from avp.shared import MemoryFile, arena_offsets
 
 SLACK = 8192  # positions of address space behind the prefix; memory is taken only when it is written
 
@@ -122,13 +123,13 @@ def _map(file: MemoryFile, *, shared: bool) -> torch.Tensor:
 def _views(shape: Shape, capacity: int, memory: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     keys: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
-    offset = 0
-    for layer in shape.layout.layers:
-        for views in (keys, values):
-            count = layer.kv_heads * capacity * layer.head_dim * shape.dtype.itemsize
-            flat = memory[offset : offset + count].view(shape.dtype)
-            views.append(flat.view(1, layer.kv_heads, capacity, layer.head_dim))
-            offset += count
+    for layer, offsets in zip(
+        shape.layout.layers, arena_offsets(shape.layout, shape.dtype.itemsize, capacity), strict=True
+    ):
+        form = (1, layer.kv_heads, capacity, layer.head_dim)
+        for views, offset in zip((keys, values), offsets, strict=True):
+            flat = memory[offset : offset + prod(form) * shape.dtype.itemsize]
+            views.append(flat.view(shape.dtype).view(form))
     return keys, values
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from avp import registry
 from avp.context import Context
 from avp.errors import BundleError, UsageError
-from avp.handshake import CodecOffer, Hello
+from avp.handshake import Hello, offers
 from avp.manifest import Limits
 from avp.protocols import Connector, Event, Item, Store
 from avp.security import Caller, Security, Tenant
@@ -57,11 +57,9 @@ class Desk:
 
     @cached_property
     def _about(self) -> Hello:
-        codecs = tuple(CodecOffer(name, registry.codec(name).exactness) for name in registry.names("avp.codecs"))
-        codecs = tuple(sorted(codecs, key=lambda each: (each.exactness, each.name != "raw")))
         hello = Hello(
             self.name,
-            codecs=codecs,
+            codecs=offers(),
             transports=registry.names("avp.transports"),
             limits=self.rules.limits,
             accept=self.rules.accept,

@@ -16,7 +16,7 @@ from avp.delta import store_new
 from avp.endpoint.desk import Desk, first_event
 from avp.errors import AccessDenied, Busy, ConnectionFailed, UsageError
 from avp.protocols import Connector, Event, Item, Prompt, TextStream
-from avp.receipt import Generation
+from avp.receipt import Generation, receipt_to_json
 from avp.security import Caller
 from avp.telemetry import span
 
@@ -197,21 +197,12 @@ def _closed() -> ConnectionFailed:
 
 def generation_to_json(result: Generation) -> dict[str, object]:
     """A generation as it travels, without its context."""
-    receipt = result.receipt
     return {
         "text": str(result),
         "tokens": list(result.tokens),
         "finish_reason": result.finish_reason,
         "usage": asdict(result.usage),
-        "receipt": {
-            "mode": receipt.mode,
-            "exactness": receipt.exactness.label,
-            "bytes_reused": receipt.bytes_reused,
-            "tokens_reused": receipt.tokens_reused,
-            "positions_computed": receipt.positions_computed,
-            "seconds": dict(receipt.seconds),
-            "reasons": list(receipt.reasons),
-        },
+        "receipt": receipt_to_json(result.receipt),
     }
 
 

@@ -31,7 +31,7 @@ from avp.protocols import Store, StoredSegment
 from avp.segment import Want
 from avp.stores import index
 from avp.stores.files import map_file, size_of, sync_folder, translated, write_scratch
-from avp.stores.rows import Row, describe, is_whole, missing, open_row, tenant_key, too_large, usable, will_do
+from avp.stores.rows import Row, describe, is_whole, missing, open_row, tenant_key, too_large, usable
 from avp.stores.settings import GIB, Settings
 
 Result = TypeVar("Result")
@@ -99,7 +99,7 @@ class DiskStore:
         """For each page, whether KV that will do is here."""
         since = self._since()
         rows = self._index.read(lambda connection: index.holding(connection, pages, tenant=tenant, since=since))
-        here = {page for row in rows if will_do(row.stored, want) for page in row.pages}
+        here = {page for row in rows if want.accepts(row.stored) for page in row.pages}
         return [page in here for page in pages]
 
     def get(self, page: str, *, tenant: str, want: Want) -> Blob:

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from avp.buffers import write_runs
 from avp.errors import StoreFailed, TruncatedBundle
-
-_RUNS = 512  # pieces in one system call; Linux takes 1024
 
 
 def write_scratch(folder: Path, runs: Sequence[memoryview], *, time: float) -> Path:
@@ -20,8 +19,7 @@ def write_scratch(folder: Path, runs: Sequence[memoryview], *, time: float) -> P
     fd, name = tempfile.mkstemp(dir=folder)
     try:
         try:
-            for first in range(0, len(runs), _RUNS):
-                _write_all(fd, list(runs[first : first + _RUNS]))
+            write_runs(fd, runs)
             os.utime(fd, (time, time))
             os.fsync(fd)
         finally:
@@ -30,15 +28,6 @@ def write_scratch(folder: Path, runs: Sequence[memoryview], *, time: float) -> P
         os.unlink(name)
         raise
     return Path(name)
-
-
-def _write_all(fd: int, runs: list[memoryview]) -> None:
-    while runs:
-        written = os.writev(fd, runs)
-        while runs and written >= len(runs[0]):
-            written -= len(runs.pop(0))
-        if written:
-            runs[0] = runs[0][written:]
 
 
 def sync_folder(folder: Path) -> None:

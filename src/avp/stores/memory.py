@@ -13,7 +13,7 @@ from avp.errors import UsageError
 from avp.manifest import Limits
 from avp.protocols import Store, StoredSegment
 from avp.segment import Want
-from avp.stores.rows import Row, describe, is_whole, missing, too_large, usable, used_at, will_do
+from avp.stores.rows import Row, describe, is_whole, missing, too_large, usable, used_at
 from avp.stores.settings import GIB, Settings
 
 _ANY = Limits(bytes=2**62, header=2**62, tensors=2**62, layers=2**31, tokens=2**31)  # what this process made itself
@@ -58,7 +58,7 @@ class MemoryStore:
     def have(self, pages: Sequence[str], *, tenant: str, want: Want) -> list[bool]:
         """For each page, whether KV that will do is here."""
         with self._lock:
-            return [any(will_do(row.stored, want) for row in self._rows(page, tenant)) for page in pages]
+            return [any(want.accepts(row.stored) for row in self._rows(page, tenant)) for page in pages]
 
     def get(self, page: str, *, tenant: str, want: Want) -> Blob:
         """The best segment that holds the page. Raises as `Store.get`."""

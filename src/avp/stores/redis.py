@@ -35,7 +35,6 @@ from avp.stores.rows import (
     too_large,
     usable,
     used_at,
-    will_do,
 )
 from avp.stores.settings import Settings
 
@@ -105,7 +104,7 @@ class RedisStore:
         found: list[bool] = []
         for first in range(0, len(pages), 4096):
             for rows in self._rows(pages[first : first + 4096], tenant):
-                found.append(any(will_do(row.stored, want) for row in rows))
+                found.append(any(want.accepts(row.stored) for row in rows))
         return found
 
     def get(self, page: str, *, tenant: str, want: Want) -> Blob:

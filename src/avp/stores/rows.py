@@ -14,7 +14,7 @@ from avp.errors import AVPError, BundleError, SegmentMissing, StoreFailed
 from avp.identity import canonical_json
 from avp.manifest import Limits, SegmentEntry
 from avp.protocols import StoredSegment
-from avp.segment import Exactness, Want, worst
+from avp.segment import Exactness, Want
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +67,14 @@ def header_digest(blob: Blob) -> str:
 
 def usable(rows: Iterable[Row], page: str, *, want: Want) -> list[Row]:
     """Those of the rows that hold the page in a form that will do, the best first."""
-    found = [row for row in rows if page in row.pages and will_do(row.stored, want)]
+    found = [row for row in rows if page in row.pages and want.accepts(row.stored)]
     return sorted(found, key=lambda row: _rank(row, page, want))
 
 
 def _rank(row: Row, page: str, want: Want) -> tuple[Exactness, Exactness, int, float]:
     """Smallest for the best class, as the receiver has it and as it is stored, then for most pages from this one."""
     beyond = len(row.pages) - row.pages.index(page)
-    return _grade(row.stored, want), row.stored.exactness, -beyond, -row.stored.used
-
-
-def will_do(stored: StoredSegment, want: Want) -> bool:
-    """`Want.accepts`, told from a row."""
-    return _grade(stored, want) <= want.at_least
-
-
-def _grade(stored: StoredSegment, want: Want) -> Exactness:
-    own = (stored.engine, stored.dtype) == (want.engine, want.dtype)
-    return stored.exactness if own else worst([stored.exactness, Exactness.BOUNDED])
+    return want.grade(row.stored), row.stored.exactness, -beyond, -row.stored.used
 
 
 def open_row(data: bytes | memoryview, row: Row, *, limits: Limits) -> Blob:

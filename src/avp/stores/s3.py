@@ -43,7 +43,6 @@ from avp.stores.rows import (
     rows_from_json,
     tenant_key,
     usable,
-    will_do,
 )
 from avp.stores.settings import Settings
 
@@ -109,7 +108,7 @@ class S3Store:
         rows = {row.key: row for rows in found.values() for row in rows}
         segments = [self._segment(row) for row in rows.values()]
         here = dict(zip(rows, self._side_by_side(self._exists, segments), strict=True))
-        return [any(here[row.key] and will_do(row.stored, want) for row in found[page]) for page in pages]
+        return [any(here[row.key] and want.accepts(row.stored) for row in found[page]) for page in pages]
 
     def get(self, page: str, *, tenant: str, want: Want) -> Blob:
         """The best segment that holds the page. Raises as `Store.get`."""

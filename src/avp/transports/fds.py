@@ -23,6 +23,7 @@ from mmap import MAP_PRIVATE, PROT_READ, mmap
 from typing import Final, Literal, TypeAlias
 
 from avp.blob import Blob, open_bundle, open_shared
+from avp.buffers import IOV_MAX, drop, write_runs
 from avp.bundle import peek
 from avp.context import Context
 from avp.errors import AccessDenied, BundleError, Busy, ConnectionFailed, LimitExceeded, TruncatedBundle
@@ -40,7 +41,6 @@ INLINE = 1 << 16  # bundles of fewer bytes go through the socket
 FILES = 64  # shared files that one end may show in a call
 REQUEST = Limits(header=1 << 16)  # of the first frame, before it is known who calls
 ANCILLARY = 4  # descriptors that are taken from the socket at once; one comes with each frame
-_IOV_MAX = 1024  # runs that the kernel takes at once
 _SHARED, _FILE, _TAKEN = b"M", b"F", b"A"
 _OURS = (_SHARED, _FILE, _TAKEN) if sys.platform == "linux" else (_TAKEN,)  # elsewhere no file can be sealed
 _NUMBERS = struct.Struct("<IIQQQ")  # file number, bytes of the header, capacity, start, stop
@@ -155,26 +155,12 @@ def _sealed(runs: Sequence[bytes | memoryview]) -> int:
     """A new file in RAM with these bytes, which nobody can change again; the only copy on the way."""
     fd = os.memfd_create("avp-bundle", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        for first in range(0, len(runs), _IOV_MAX):
-            _write(fd, deque(memoryview(run) for run in runs[first : first + _IOV_MAX]))
+        write_runs(fd, runs)
         fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
         raise
     return fd
-
-
-def _write(fd: int, runs: deque[memoryview]) -> None:
-    while runs:
-        drop(runs, os.writev(fd, runs))
-
-
-def drop(runs: deque[memoryview], count: int) -> None:
-    """Take the first `count` bytes away."""
-    while runs and count >= len(runs[0]):
-        count -= len(runs.popleft())
-    if count:
-        runs[0] = runs[0][count:]
 
 
 def _seals(fd: int) -> int:
@@ -191,7 +177,7 @@ def send(connected: socket.socket, going: Packet) -> int:
     Raises:
         BlockingIOError: it takes nothing. OSError: the connection broke.
     """
-    runs = list(islice(going.runs, _IOV_MAX))
+    runs = list(islice(going.runs, IOV_MAX))
     if going.fd is None:
         count = connected.sendmsg(runs)
     else:
