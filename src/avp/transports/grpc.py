@@ -32,6 +32,7 @@ _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # connections of its own: closing the channel ends them
     ("grpc.max_receive_message_length", grpc_piece.MESSAGE_LIMIT),
     ("grpc.max_send_message_length", grpc_piece.MESSAGE_LIMIT),
+    *grpc_piece.WINDOW,
     ("grpc.enable_retries", 0),  # a call is not repeated behind the caller's back
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 10_000),  # how long one attempt to connect may take

@@ -18,6 +18,10 @@ AUTHORIZATION = "authorization"
 RETRY = "retry-after"  # seconds, in the trailing metadata
 PIECE = 1 << 20  # bytes of the stream in a message; measured best
 MESSAGE_LIMIT = 8 << 20  # bytes that either end takes in one message
+WINDOW = (  # of fixed size: one that grows with the line's speed lets 40 MiB pile up before a slow reader
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
+)
 _DETAILS = 4096  # bytes of a message as they travel: peers refuse 8 KiB of metadata
 _END = b"E"
 _TAG = 0x0A  # field 1, length-delimited

@@ -22,6 +22,7 @@ GRACE = 3.0  # seconds that calls under way get when the listener closes
 CALLS = 1024  # at once; more are refused as Busy
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port that is taken is an error, not shared
+    *grpc_piece.WINDOW,
     ("grpc.max_concurrent_streams", 128),  # of one connection; more wait at the client
     ("grpc.max_receive_message_length", grpc_piece.MESSAGE_LIMIT),
     ("grpc.max_send_message_length", grpc_piece.MESSAGE_LIMIT),
