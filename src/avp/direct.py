@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from avp.protocols import Endpoint, Item, Meter
 from avp.security import Caller
+
+T = TypeVar("T")
 
 
 class DirectChannel:
@@ -28,7 +31,7 @@ class DirectChannel:
 
 
 @asynccontextmanager
-async def ended(items: AsyncIterator[Item]) -> AsyncIterator[AsyncIterator[Item]]:
+async def ended(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
     """The items; a generator of them is ended with the block."""
     try:
         yield items

@@ -6,7 +6,9 @@ import logging
 import traceback
 from asyncio import Task
 from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
 
+from avp.direct import ended
 from avp.errors import AVPError, ConnectionFailed
 from avp.protocols import Endpoint, Item
 from avp.security import Caller
@@ -23,21 +25,19 @@ async def answers(
         AVPError: what the endpoint raised. ConnectionFailed: a fault of its own; the log has where, and never the
         message, which may quote a prompt.
     """
-    answer = endpoint.answer(verb, items, caller=caller)
     try:
-        async for item in answer:
-            yield item
+        async with ended(endpoint.answer(verb, items, caller=caller)) as answer:
+            async for item in answer:
+                yield item
     except AVPError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, the server lives on
-        place = "".join(traceback.format_tb(error.__traceback__))
-        log.error("the endpoint failed at %.40r with %s\n%s", verb, type(error).__name__, place)
+        frames = traceback.extract_tb(error.__traceback__)[-5:]
+        place = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+        log.error("%.40s failed: %s at %s", ascii(verb)[1:-1], type(error).__name__, place)
         raise ConnectionFailed(
             "the other end failed at this call by a fault of its own. Fix: look at its log."
         ) from None
-    finally:
-        if isinstance(answer, AsyncGenerator):
-            await answer.aclose()
 
 
 async def read_answer(answer: AsyncIterator[Item], *, sender: Task[None]) -> AsyncIterator[Item]:

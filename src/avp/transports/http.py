@@ -14,6 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from hpack import NeverIndexedHeaderTuple
 
+from avp.direct import ended
 from avp.errors import AVPError, ConnectionFailed, UsageError
 from avp.manifest import Limits
 from avp.protocols import Endpoint, Item, Listener, Meter
@@ -21,7 +22,7 @@ from avp.security import Security
 from avp.transports.address import authority, host_and_port
 from avp.transports.http1 import Head, Http1Exchange
 from avp.transports.http2_client import Http2Connection, Http2Exchange
-from avp.transports.http_wire import Wire, closing, connect, spare_mmap
+from avp.transports.http_wire import Wire, connect, spare_mmap
 from avp.wire import CONTENT_TYPE, decode, encode, error_from_json
 
 BASE = "/avp/v1"
@@ -146,7 +147,7 @@ class HttpChannel:
         pieces = exchange.pieces()
         if head.status != 200 or not head.fields.get("content-type", "").startswith(CONTENT_TYPE):
             raise await self._failure(head, pieces)
-        async with closing(decode(pieces, limits=Limits())) as items:
+        async with ended(decode(pieces, limits=Limits())) as items:
             async for item in items:
                 yield item
 
@@ -174,7 +175,7 @@ class HttpChannel:
 
 async def _body(items: AsyncIterable[Item]) -> AsyncGenerator[bytes | memoryview, None]:
     try:
-        async with closing(encode(items)) as chunks:
+        async with ended(encode(items)) as chunks:
             async for chunk in chunks:
                 yield chunk
     finally:

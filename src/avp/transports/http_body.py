@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Coroutine
 
 from starlette.types import Receive
 
+from avp.direct import ended
 from avp.errors import AVPError, ConnectionFailed, TimedOut
 from avp.manifest import Limits
 from avp.protocols import Item
-from avp.transports.http_wire import closing
 from avp.wire import decode
 
 _AHEAD = 1 << 16  # bytes that are read before they are asked for, so that the client's leaving is noticed
@@ -42,7 +42,7 @@ class Body:
             TimedOut: nothing came for too long. AVPError: see `avp.wire.Decoder`.
         """
         try:
-            async with closing(self._chunks()) as chunks, closing(decode(chunks, limits=limits)) as items:
+            async with ended(self._chunks()) as chunks, ended(decode(chunks, limits=limits)) as items:
                 async for item in items:
                     yield item
         except AVPError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import traceback
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -20,12 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avp.blob import Blob
 from avp.context import Context
+from avp.direct import ended
 from avp.errors import (
     AccessDenied,
     AVPError,
     BundleError,
     Busy,
-    ConnectionFailed,
     HandleExpired,
     LimitExceeded,
     NoAgreement,
@@ -34,10 +33,10 @@ from avp.errors import (
 )
 from avp.protocols import Endpoint, Event, Item
 from avp.security import Caller, Security
+from avp.transports.answers import answers
 from avp.transports.http import VERB
 from avp.transports.http_body import Body
 from avp.transports.http_downloads import Downloads, ServeBundle
-from avp.transports.http_wire import closing
 from avp.wire import CONTENT_TYPE, encode, error_to_json
 
 LOG = logging.getLogger("avp")
@@ -103,19 +102,16 @@ class Calls:
 
     async def _answer(self, verb: str, body: Body, caller: Caller, send: Send) -> None:
         async with (
-            closing(body.items(self.endpoint.limits)) as items,
-            closing(self.endpoint.answer(verb, items, caller=caller)) as answer,
+            ended(body.items(self.endpoint.limits)) as items,
+            ended(answers(self.endpoint, verb, items, caller=caller)) as answer,
         ):
             try:
                 first = await anext(answer, None)
             except AVPError as error:
                 await send_error(send, error, status=body.status_of(error))
                 return
-            except Exception as error:  # noqa: BLE001 - whatever an endpoint does, the server lives
-                await send_error(send, fault(verb, error), status=500)
-                return
             await send(_start(200, CONTENT_TYPE))
-            async with closing(encode(_rest(verb, first, answer))) as chunks:
+            async with ended(encode(_rest(first, answer))) as chunks:
                 async for chunk in chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                     await asyncio.sleep(0)  # `send` need not wait, not even where the client is gone
@@ -133,23 +129,12 @@ class Hello:
         """Answer one request."""
         try:
             caller = admit(self.endpoint, self.security, scope)
-            async with closing(self.endpoint.answer("hello", _one({}), caller=caller)) as answer:
+            async with ended(answers(self.endpoint, "hello", _one({}), caller=caller)) as answer:
                 found = [item async for item in answer if not isinstance(item, Blob | Context)]
         except AVPError as error:
             await send_error(send, error)
             return
-        except Exception as error:  # noqa: BLE001 - whatever an endpoint does, the server lives
-            await send_error(send, fault("hello", error), status=500)
-            return
         await _send_json(send, 200, found[0] if found else {})
-
-
-def fault(verb: str, error: Exception) -> AVPError:
-    """What a caller hears of a fault of the endpoint; the log hears where it was, neither of what it was said."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "nowhere"
-    LOG.error("%s failed: %s at %s", verb, type(error).__name__, where)
-    return ConnectionFailed("the endpoint failed; the call was not carried out. Fix: look at the server's log.")
 
 
 async def send_error(send: Send, error: AVPError, *, status: int | None = None) -> None:
@@ -176,17 +161,12 @@ def _start(status: int, kind: str, fields: Sequence[tuple[bytes, bytes]] = ()) -
     return {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind.encode()), *fields]}
 
 
-async def _rest(verb: str, first: Item | None, answer: AsyncIterator[Item]) -> AsyncIterator[Item]:
+async def _rest(first: Item | None, answer: AsyncIterator[Item]) -> AsyncIterator[Item]:
     if first is None:
         return
     yield first
-    try:
-        async for item in answer:
-            yield item
-    except AVPError:
-        raise
-    except Exception as error:
-        raise fault(verb, error) from error
+    async for item in answer:
+        yield item
 
 
 async def _one(item: Item) -> AsyncIterator[Item]:

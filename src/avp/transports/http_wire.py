@@ -10,8 +10,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import TypeVar, cast
 
 from avp.errors import AccessDenied, AVPError, ConnectionFailed, TimedOut
@@ -43,16 +42,6 @@ def spare_mmap() -> None:
     Otherwise each chunk of 128 KiB and more is mapped and unmapped: 0.7 instead of 1.9 GB/s on loopback.
     """
     bytearray(8 << 20).clear()
-
-
-@asynccontextmanager
-async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """The iterator, which is closed at the end of the block if it is one that can be."""
-    try:
-        yield items
-    finally:
-        if isinstance(items, AsyncGenerator):
-            await items.aclose()
 
 
 class Wire(asyncio.BufferedProtocol):
