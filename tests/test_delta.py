@@ -140,7 +140,7 @@ def test_contexts_of_nothing_are_sent_as_nothing() -> None:
 def test_an_outline_comes_back_as_it_was_told(context: Context) -> None:
     told, _ = outlined(context)
     back = through(told)
-    assert (back.pages, back.grades, back.engine, back.dtype) == (told.pages, told.grades, told.engine, told.dtype)
+    assert (back.pages, back.grades) == (told.pages, told.grades)
     assert back.skeleton.tokens == context.tokens
     event, _ = outline_to_items(told)
     assert (event["pages"] is None) == (context is not LATE)  # ids follow from tokens; latent positions have none
@@ -213,6 +213,27 @@ def test_the_origin_of_a_context_is_that_of_all_its_segments() -> None:
     assert sender_of(Hello("one"), LONG).model == LONG.model
 
 
+def test_a_context_of_two_engines_and_dtypes_is_the_same_bytes_out_of_what_was_sent() -> None:
+    assert LONG.model is not None
+    foreign = kv_context(range(600), dtype="float16").segments[0]
+    first = replace(foreign, engine="llamacpp", exactness=Exactness.BOUNDED)
+    mixed = replace(LONG, segments=(first, *LONG.segments[1:]), exactness=Exactness.BOUNDED)
+    told, segments = outlined(mixed)
+    assert [(each.page, each.engine, each.dtype) for each in told.grades] == [
+        (0, "llamacpp", "float16"),
+        (8, "synthetic", "float32"),
+    ]
+    assert told.nbytes(((0, 19),)) == mixed.nbytes < LONG.nbytes
+    blobs = [seal(LONG.model, piece) for piece in pieces(segments, ((0, 19),))]
+    came = {page: blob for blob in blobs for page in blob.segment.pages}
+    for blob in blobs:
+        check_piece(blob, through(told), least=EXACT)
+    back = assemble(through(told), lambda page, want: came[page], least=EXACT)
+    assert kv_bytes(back) == kv_bytes(mixed)
+    with pytest.raises(BundleError, match="another engine"):
+        check_piece(blob_of(LONG, 0, 1), told, least=EXACT)
+
+
 # --- what a stranger sends
 
 
@@ -259,7 +280,7 @@ def _with(blob: Blob, **changes: object) -> Blob:
 
 def test_latent_pages_are_taken_under_the_class_that_was_told_for_them() -> None:
     told, _ = outlined(LATE)
-    assert told.grades == ((0, EXACT), (8, Exactness.APPROXIMATE))
+    assert [(grade.page, grade.exactness) for grade in told.grades] == [(0, EXACT), (8, Exactness.APPROXIMATE)]
     late = blob_of(LATE, 9, 10)
     assert late.segment.exactness is Exactness.APPROXIMATE
     check_piece(late, told, least=EXACT)
@@ -287,19 +308,19 @@ def test_an_outline_without_its_context_is_refused(skeleton: object) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"grades": [[1, "exact"]]},
+        {"grades": [[1, "exact", "x", "float32"]]},
         {"grades": []},
         {"grades": None},
-        {"grades": [[0, "exact"], [0, "exact"]]},
-        {"grades": [[0, "exact"], [99, "exact"]]},
-        {"grades": [[0, "splendid"]]},
-        {"grades": [[0]]},
-        {"grades": [[True, "exact"]]},
+        {"grades": [[0, "exact", "x", "float32"], [0, "exact", "x", "float32"]]},
+        {"grades": [[0, "exact", "x", "float32"], [99, "exact", "x", "float32"]]},
+        {"grades": [[0, "splendid", "x", "float32"]]},
+        {"grades": [[0, "exact"]]},
+        {"grades": [[True, "exact", "x", "float32"]]},
+        {"grades": [[0, "exact", None, "float32"]]},
+        {"grades": [[0, "exact", "x", "float31"]]},
         {"grades": [0]},
         {"tokens": 599},
         {"tokens": None},
-        {"engine": None},
-        {"dtype": 5},
     ],
     ids=str,
 )
@@ -324,7 +345,7 @@ def test_what_was_announced_must_be_what_was_agreed() -> None:
     check_outline(told, hello, agreed)
     for other in (text_context("a"), tokens_context(5)):
         with pytest.raises(BundleError, match="where kv was agreed"):
-            check_outline(Outline(other, (), (), "", ""), hello, agreed)
+            check_outline(Outline(other, (), ()), hello, agreed)
     with pytest.raises(BundleError, match="other weights"):
         check_outline(told, replace(hello, model=replace(LONG.model, weights="f" * 64)), agreed)
     with pytest.raises(BundleError, match="other weights"):

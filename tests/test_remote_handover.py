@@ -187,6 +187,24 @@ def test_a_prompt_that_is_handed_over_while_it_is_computed_is_the_prefilled_cont
     run(scenario())
 
 
+def test_a_prompt_whose_kv_is_there_already_is_not_computed_again(agents: tuple[Agent, Agent]) -> None:
+    async def scenario() -> None:
+        remote, channel = tapped(*agents)
+        await remote.hand_over(ids)
+        trace = Trace()
+        with listening(trace):
+            handle = await remote.hand_over(ids)
+        assert positions(channel.sent) == 100
+        assert [span for span in trace.spans if span.name == "compute"] == []
+        assert handle.receipt is not None
+        assert (handle.receipt.tokens_reused, len(handle)) == (100, 100)
+        assert await text_of(remote, PROMPT, handle) == near.tokens
+
+    ids = [number % 190 for number in range(100)]
+    near = connector(0).generate(PROMPT, context=connector(0).prefill(ids), max_new_tokens=6)
+    run(scenario())
+
+
 # --- many at once
 
 

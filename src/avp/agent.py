@@ -13,7 +13,7 @@ from avp.direct import DirectChannel
 from avp.endpoint import AgentEndpoint, Rules
 from avp.errors import UsageError
 from avp.handle import Handle
-from avp.handshake import Hello
+from avp.handshake import CodecOffer, Floor, Hello
 from avp.manifest import Limits
 from avp.network import AsyncServer, Remote, Server, connect_async
 from avp.portal import PORTAL
@@ -31,7 +31,8 @@ class Agent:
     """See the module. `store` is a Store, a URL of one ("disk:", "redis://…"), or None: memory, 4 GiB.
 
     accept is the worst class of exactness that it puts up with, whichever side it is on. Without a connector it keeps
-    and gives contexts, but generates nothing. Threads may use one agent at once.
+    and gives contexts, but generates nothing. Threads may use one agent at once. codecs: what is known of some codecs,
+    above all the records of lossy ones; floor: what such a record must reach before the agent takes KV in that codec.
     """
 
     def __init__(
@@ -46,15 +47,16 @@ class Agent:
         security: Security | None = None,
         tenant: Tenant | None = None,
         peers: Sequence[str] = (),
+        codecs: Sequence[CodecOffer] = (),
+        floor: Floor | None = None,
     ) -> None:
         self.name = name
         self.connector = connector
         self.store: Store = open_store(store) if isinstance(store, str) else MemoryStore() if store is None else store
         self.security = Security.from_environment() if security is None else security
-        floor = Exactness.parse(accept)
-        limits = limits or Limits()
-        self.own = Own(name, connector, self.store, tenant or Tenant(), limits, floor)
-        rules = Rules(limits, floor, quota or Quota(), self.security, tuple(peers))
+        least, limits, floor, known = Exactness.parse(accept), limits or Limits(), floor or Floor(), tuple(codecs)
+        self.own = Own(name, connector, self.store, tenant or Tenant(), limits, least, known, floor)
+        rules = Rules(limits, least, quota or Quota(), self.security, tuple(peers), known, floor)
         self.endpoint = AgentEndpoint(connector, name=name, store=self.store, rules=rules, pull=self._pull)
         self._remotes: dict[str, Remote] = {}
         self._lock = threading.Lock()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from avp import registry
 from avp.blob import Blob, seal
+from avp.buffers import STORAGE
 from avp.context import Context, Turn
 from avp.errors import BundleError, UsageError
 from avp.handshake import Agreement, Hello
@@ -25,34 +26,59 @@ Ranges = tuple[tuple[int, int], ...]  # of pages: [start, stop)
 _ASK = "Fix: ask the sender for a valid hand-over."
 
 
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What the KV from page `page` on is: its class, what computed it, and what it is held in."""
+
+    page: int
+    exactness: Exactness
+    engine: str
+    dtype: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Outline:
-    """A context without its KV: `skeleton` has all but segments, `pages` their ids, `grades` the class from a page on,
-    `engine` and `dtype` what computed and holds them, `count` how many token ids the context has, even where only its
-    text is told.
+    """A context without its KV: `skeleton` has all but segments, `pages` their ids, `grades` what they are, `count` how
+    many token ids the context has, even where only its text is told.
     """
 
     skeleton: Context
     pages: tuple[str, ...]
-    grades: tuple[tuple[int, Exactness], ...]
-    engine: str
-    dtype: str
+    grades: tuple[Grade, ...]
     count: int = 0
+
+    def grade(self, page: int) -> Grade:
+        """What the page of that number is."""
+        return [grade for grade in self.grades if grade.page <= page][-1]
 
     def wants(self, least: Exactness) -> list[tuple[int, int, Want]]:
         """For each run of pages, [start, stop), which KV is as good as the sender's own, sent at class `least`."""
-        starts = [start for start, _ in self.grades] + [len(self.pages)]
+        stops = [grade.page for grade in self.grades[1:]] + [len(self.pages)]
         return [
-            (start, stop, Want(self.engine, self.dtype, worst([least, grade])))
-            for (start, grade), stop in zip(self.grades, starts[1:], strict=True)
+            (grade.page, stop, Want(grade.engine, grade.dtype, worst([least, grade.exactness])))
+            for grade, stop in zip(self.grades, stops, strict=False)
         ]
 
     def nbytes(self, ranges: Ranges) -> int:
         """Bytes of KV that these pages are."""
-        if self.skeleton.model is None or not self.dtype:
+        model = self.skeleton.model
+        if model is None:
             return 0
-        positions = sum(min(stop * PAGE, len(self.skeleton)) - start * PAGE for start, stop in ranges)
-        return positions * self.skeleton.model.layout.bytes_per_token(self.dtype)
+        width = {grade.dtype: model.layout.bytes_per_token(grade.dtype) for grade in self.grades}
+        return sum(
+            (min(stop * PAGE, len(self.skeleton)) - start * PAGE) * width[grade.dtype]
+            for grade, start, stop in self._runs(ranges)
+        )
+
+    def _runs(self, ranges: Ranges) -> list[tuple[Grade, int, int]]:
+        """The ranges, divided where the grade changes."""
+        stops = [grade.page for grade in self.grades[1:]] + [len(self.pages)]
+        return [
+            (grade, max(start, grade.page), min(stop, end))
+            for grade, end in zip(self.grades, stops, strict=False)
+            for start, stop in ranges
+            if max(start, grade.page) < min(stop, end)
+        ]
 
 
 def outline(context: Context, mode: str, *, salt: bytes) -> tuple[Outline, tuple[Segment, ...]]:
@@ -62,14 +88,21 @@ def outline(context: Context, mode: str, *, salt: bytes) -> tuple[Outline, tuple
         UsageError: KV is missing, or the context has nothing to send in this mode.
     """
     if mode != "kv":
-        return Outline(_without_kv(context, mode), (), (), "", "", len(context.tokens)), ()
+        return Outline(_without_kv(context, mode), (), (), len(context.tokens)), ()
     if context.model is None or sum(map(len, context.segments)) != len(context):
         raise UsageError("the context lacks some of its KV. Fix: fetch the missing segments first.")
     segments = with_salt(context.model, context.segments, salt)
     pages = tuple(page for segment in segments for page in segment.pages)
-    grades = tuple((segment.start // PAGE, segment.exactness) for segment in segments)
-    engine, dtype = origin(context)
-    return Outline(replace(context, segments=()), pages, grades, engine, dtype, len(context.tokens)), segments
+    return Outline(replace(context, segments=()), pages, _grades_of(segments), len(context.tokens)), segments
+
+
+def _grades_of(segments: Sequence[Segment]) -> tuple[Grade, ...]:
+    grades: list[Grade] = []
+    for each in segments:
+        grade = Grade(each.start // PAGE, each.exactness, each.engine, each.dtype)
+        if not grades or replace(grade, page=grades[-1].page) != grades[-1]:
+            grades.append(grade)
+    return tuple(grades)
 
 
 def origin(context: Context) -> tuple[str, str]:
@@ -111,9 +144,7 @@ def outline_to_items(given: Outline) -> tuple[Event, Context]:
     latent = LATENT in given.skeleton.tokens[: len(given.skeleton)]
     event: Mapping[str, object] = {
         "pages": list(given.pages) if latent else None,
-        "grades": [[start, grade.label] for start, grade in given.grades],
-        "engine": given.engine,
-        "dtype": given.dtype,
+        "grades": [[each.page, each.exactness.label, each.engine, each.dtype] for each in given.grades],
         "tokens": given.count,
     }
     return event, given.skeleton
@@ -131,17 +162,14 @@ def outline_from_items(event: Event, skeleton: object, *, salt: bytes) -> Outlin
     if type(known) is not int or known < 0 or (skeleton.kind != "text" and known != len(skeleton.tokens)):
         raise BundleError(f"an outline does not say of how many tokens it is, or of other ones. {_ASK}")
     if skeleton.kind != "kv" or skeleton.model is None:
-        return Outline(skeleton, (), (), "", "", known)
+        return Outline(skeleton, (), (), known)
     tokens = skeleton.tokens[: len(skeleton)]
     count = -(-len(tokens) // PAGE)
     if LATENT in tokens:
         pages = _given_pages(event.get("pages"), count)
     else:
         pages = page_ids(root_page(skeleton.model, salt=salt), tokens)
-    engine, dtype = event.get("engine"), event.get("dtype")
-    if not isinstance(engine, str) or not isinstance(dtype, str):
-        raise BundleError(f"an outline names no engine or dtype. {_ASK}")
-    return Outline(skeleton, pages, _grades(event.get("grades"), count), engine, dtype, known)
+    return Outline(skeleton, pages, _grades(event.get("grades"), count), known)
 
 
 def check_outline(given: Outline, sender: Hello, agreement: Agreement) -> None:
@@ -169,16 +197,18 @@ def _is_page(value: object) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
-def _grades(value: object, count: int) -> tuple[tuple[int, Exactness], ...]:
-    grades: list[tuple[int, Exactness]] = []
-    for item in value if isinstance(value, list) else ():
-        if not isinstance(item, list) or len(item) != 2 or type(item[0]) is not int or not isinstance(item[1], str):
-            raise BundleError(f"an outline's grades are no pairs of a page and a class. {_ASK}")
-        grades.append((item[0], Exactness.parse(item[1])))
-    starts = [start for start, _ in grades]
+def _grades(value: object, count: int) -> tuple[Grade, ...]:
+    grades = [_grade(item) for item in value] if isinstance(value, list) else []
+    starts = [grade.page for grade in grades]
     if count and (starts != sorted(set(starts)) or starts[:1] != [0] or starts[-1] >= count):
         raise BundleError(f"an outline's grades do not begin at page 0, or go back, or go too far. {_ASK}")
     return tuple(grades) if count else ()
+
+
+def _grade(item: object) -> Grade:
+    if not isinstance(item, list) or [type(each) for each in item] != [int, str, str, str] or item[3] not in STORAGE:
+        raise BundleError(f"an outline's grades are not each a page, a class, an engine and a dtype. {_ASK}")
+    return Grade(item[0], Exactness.parse(item[1]), item[2], item[3])
 
 
 # --- what is missing, and what to send
@@ -258,9 +288,10 @@ def check_piece(blob: Blob, given: Outline, *, least: Exactness) -> None:
     last = min((first + len(segment.pages)) * PAGE, len(given.skeleton))
     if segment.tokens != given.skeleton.tokens[segment.start : last]:
         raise BundleError(f"the segment at position {segment.start} is of other tokens. {_ASK}")
-    grade = [grade for start, grade in given.grades if start <= first][-1]
+    grade = given.grade(first)
     exactness = worst([segment.exactness, registry.codec(blob.entry.codec).exactness])  # whatever it claims
-    if (segment.engine, segment.dtype) != (given.engine, given.dtype) or exactness > worst([least, grade]):
+    own = (segment.engine, segment.dtype) == (grade.engine, grade.dtype)
+    if not own or exactness > worst([least, grade.exactness]):
         raise BundleError(f"the segment at position {segment.start} is of another engine, dtype or class. {_ASK}")
 
 

@@ -7,6 +7,7 @@ or, with the policy "fastest", the one after which the receiver can go on soones
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from avp import registry
@@ -125,9 +126,16 @@ class Agreement:
         return self.taken.codec
 
 
-def offers() -> tuple[CodecOffer, ...]:
-    """All codecs that are installed: those that lose nothing first, raw before the others."""
-    every = (CodecOffer(name, registry.codec(name).exactness) for name in registry.names("avp.codecs"))
+def offers(known: Sequence[CodecOffer] = ()) -> tuple[CodecOffer, ...]:
+    """All codecs that are installed: those that lose nothing first, raw before the others.
+
+    known: what is said of some of them, records, ratio and rate; the class is the codec's own.
+    """
+    told = {offer.name: offer for offer in known}
+    every = (
+        replace(told.get(name, CodecOffer(name)), exactness=registry.codec(name).exactness)
+        for name in registry.names("avp.codecs")
+    )
     return tuple(sorted(every, key=lambda each: (each.exactness, each.name != "raw")))
 
 

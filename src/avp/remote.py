@@ -19,7 +19,7 @@ from avp.fetching import Fetch
 from avp.folders import cache_dir
 from avp.greeting import hello_from_json, hello_to_json
 from avp.handle import Handle
-from avp.handshake import Agreement, CodecOffer, Hello, negotiate, offers
+from avp.handshake import Agreement, CodecOffer, Floor, Hello, negotiate, offers
 from avp.identity import CacheLayout, LayerLayout, ModelIdentity
 from avp.manifest import Limits
 from avp.portal import within
@@ -49,6 +49,8 @@ class Own:
     tenant: Tenant = field(default_factory=Tenant)
     limits: Limits = field(default_factory=Limits)
     accept: Exactness = Exactness.EXACT
+    codecs: tuple[CodecOffer, ...] = ()  # what is known of codecs, above all their records
+    floor: Floor = field(default_factory=Floor)
 
 
 class AsyncRemote:
@@ -298,7 +300,7 @@ class AsyncRemote:
             engine,
             dtype,
             modes=sendable(context),
-            codecs=_offers(codec),
+            codecs=_offers(codec, self.own.codecs),
             limits=self.own.limits,
             bandwidth=_rounded(self.bandwidth) if policy == "fastest" else None,
             accept=self.own.accept if accept is None else Exactness.parse(accept),
@@ -308,7 +310,8 @@ class AsyncRemote:
     def _receiver(self, accept: str | None) -> Hello:
         connector = self.own.connector
         floor = self.own.accept if accept is None else Exactness.parse(accept)
-        hello = Hello(self.own.name, codecs=_offers(None), limits=self.own.limits, accept=floor)
+        hello = Hello(self.own.name, codecs=offers(self.own.codecs), limits=self.own.limits, accept=floor)
+        hello = replace(hello, floor=self.own.floor)
         if connector is None:
             return hello
         return replace(hello, model=connector.identity, engine=connector.engine, dtype=connector.dtype)
@@ -338,11 +341,12 @@ def _rounded(rate: float | None) -> float | None:
     return None if rate is None else float(f"{rate:.0e}")
 
 
-def _offers(codec: str | None) -> tuple[CodecOffer, ...]:
-    """The named codec, or all that lose nothing, raw first."""
+def _offers(codec: str | None, known: Sequence[CodecOffer]) -> tuple[CodecOffer, ...]:
+    """The named codec; or all that lose nothing, raw first, then those that have a record."""
     if codec is not None:
-        return (CodecOffer(codec, registry.codec(codec).exactness),)
-    return tuple(offer for offer in offers() if offer.exactness is Exactness.EXACT)
+        registry.codec(codec)  # raises what there is to choose from
+        return tuple(offer for offer in offers(known) if offer.name == codec)
+    return tuple(offer for offer in offers(known) if offer.exactness is Exactness.EXACT or offer.records)
 
 
 def _probe() -> Context:

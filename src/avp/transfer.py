@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from avp.blob import Blob, seal
 from avp.context import Context
-from avp.delta import Outline, Ranges, outline, outline_to_items, pieces, ranges_from_json, sealed
+from avp.delta import Grade, Outline, Ranges, outline, outline_to_items, pieces, ranges_from_json, sealed
 from avp.errors import ConnectionFailed, SegmentMissing, TimedOut, UsageError
 from avp.greeting import agreement_to_json
 from avp.handshake import Agreement, Hello
@@ -150,17 +150,21 @@ async def send_growing(
     """Hand over a context while it is computed: a segment travels while the next one is computed.
 
     `first` and the other `steps` as of `Connector.prefill_steps`, `made` its engine and dtype. The first try is
-    pipelined; if its connection breaks, the context is computed to its end and what is missing is sent.
+    pipelined; if its connection breaks, the context is computed to its end and what is missing is sent. Where nothing
+    is missing, nothing is computed: the context that is returned then has no KV.
     """
     growing = _Growing(steps, first, link.salt)
+    given = growing.outline(*made)
     try:
-        event = await _once(link, growing.outline(*made), growing.blobs, agreement, tally, None)
+        event = await _once(link, given, growing.blobs, agreement, tally, None)
     except (ConnectionFailed, SegmentMissing) as error:
         if isinstance(error, TimedOut):
             raise
         tally.broken.append(str(error).partition(".")[0])
         await growing.finish()
         return await send(link, growing.context, agreement, tally), growing.context
+    if given.pages and tally.known == given.nbytes(((0, len(given.pages)),)):
+        return event, given.skeleton
     await growing.finish()
     return event, growing.context
 
@@ -181,7 +185,7 @@ class _Growing:
             raise UsageError("a context without a model cannot grow. Fix: pass a connector's steps.")
         skeleton = replace(self.context, length=len(tokens), segments=())
         pages = page_ids(root_page(model, salt=self._salt), tokens)
-        return Outline(skeleton, pages, ((0, Exactness.EXACT),) if pages else (), engine, dtype, len(tokens))
+        return Outline(skeleton, pages, (Grade(0, Exactness.EXACT, engine, dtype),) if pages else (), len(tokens))
 
     async def blobs(self, ranges: Ranges) -> AsyncGenerator[Blob]:
         """The missing pages, sealed, as their segments come; the next step is computed meanwhile."""

@@ -12,13 +12,13 @@ import pytest
 from avp import registry
 from avp.agent import Agent
 from avp.blob import seal
+from avp.context import Context
 from avp.errors import BundleError, NoAgreement
-from avp.handshake import CodecOffer, Record, negotiate
+from avp.handshake import CodecOffer, Floor, Record
 from avp.security import Tenant
 from avp.segment import Exactness
-from avp.transfer import Link, Tally, send
 
-from .callers import announce, ask, hello_of, shake
+from .callers import announce, ask
 from .peers import IDS, connector, positions, run, tapped
 
 PLUGIN = """
@@ -61,25 +61,15 @@ def coarse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_after_a_lossy_hand_over_an_exact_one_transfers_again(coarse: str) -> None:
     async def scenario() -> None:
-        with Agent(connector(0), name="a") as a, Agent(connector(1), name="b", accept="bounded") as b:
+        with Agent(connector(0), name="a", codecs=known) as a, Agent(connector(1), name="b", accept="bounded") as b:
             remote, channel = tapped(a, b)
-            with pytest.raises(NoAgreement, match="no record for these weights"):
-                await remote.hand_over(context, codec=coarse, accept="bounded")
-            assert context.model is not None
-            record = Record(context.model.weights, 0.001, 0.99, 0.95)
-            offer = CodecOffer(coarse, Exactness.BOUNDED, 0.25, records=(record,))
-            hello = hello_of(context, codecs=(offer,), accept=Exactness.BOUNDED)
-            event = await shake(b, hello)
-            link = Link(channel, str(event["session"]), b"", hello, b.hello())
-            agreement = negotiate(hello, b.hello(), tokens=len(context))
-            assert (agreement.mode, agreement.codec, agreement.exactness) == ("kv", coarse, Exactness.BOUNDED)
-            lossy = await send(link, context, agreement, Tally())
-            assert lossy["exactness"] == "bounded"
+            lossy = await remote.hand_over(context, codec=coarse, accept="bounded")
+            assert lossy.exactness is Exactness.BOUNDED
             assert positions(channel.sent) == 300
             assert sum(blob.nbytes for blob in channel.sent) < 0.5 * context.nbytes
-            with b.endpoint.desk.handles.use(str(lossy["handle"]), Tenant()) as there:
+            with b.endpoint.desk.handles.use(lossy.id, Tenant()) as there:
                 assert there.exactness is Exactness.BOUNDED
-            await send(link, context, agreement, Tally())
+            await remote.hand_over(context, codec=coarse, accept="bounded")
             assert positions(channel.sent) == 300  # the lossy form will do for who asks for no more
             exact = await remote.hand_over(context)
             assert positions(channel.sent) == 600
@@ -90,7 +80,44 @@ def test_after_a_lossy_hand_over_an_exact_one_transfers_again(coarse: str) -> No
             assert far.tokens == connector(0).generate([4, 5], context=context, max_new_tokens=8).tokens
 
     context = connector(0).prefill(IDS)
+    known = [CodecOffer(coarse, ratio=0.25, records=(Record(weights_of(context), 0.001, 0.99, 0.95),))]
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("record", "floor"),
+    [
+        (None, Floor()),
+        (Record("f" * 64, 0.0, 1.0, 1.0), Floor()),  # of other weights
+        (Record("", 0.001, 0.99, 0.95), Floor(continuations=0.96)),
+        (Record("", 0.001, 0.96, 0.95), Floor()),
+    ],
+    ids=["none", "other-weights", "a-higher-floor", "too-low"],
+)
+def test_without_a_record_that_meets_the_receivers_floor_a_lossy_codec_is_refused(
+    coarse: str, record: Record | None, floor: Floor
+) -> None:
+    async def scenario() -> None:
+        with (
+            Agent(connector(0), name="a", codecs=known) as a,
+            Agent(connector(1), name="b", accept="bounded", floor=floor) as b,
+        ):
+            remote, channel = tapped(a, b)
+            with pytest.raises(NoAgreement, match="no record for these weights"):
+                await remote.hand_over(context, codec=coarse, accept="bounded")
+            assert not channel.sent
+            assert (await remote.hand_over(context)).exactness is Exactness.EXACT
+
+    context = connector(0).prefill(IDS)
+    weights = weights_of(context)
+    records = () if record is None else (replace(record, weights=record.weights or weights),)
+    known = [CodecOffer(coarse, records=records)]
+    run(scenario())
+
+
+def weights_of(context: Context) -> str:
+    assert context.model is not None
+    return context.model.weights
 
 
 def test_a_lossy_segment_that_claims_to_be_exact_is_refused(coarse: str) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from avp import registry
 from avp.context import Context
 from avp.errors import BundleError, UsageError
-from avp.handshake import Hello, offers
+from avp.handshake import CodecOffer, Floor, Hello, offers
 from avp.manifest import Limits
 from avp.protocols import Connector, Event, Item, Store
 from avp.security import Caller, Security, Tenant
@@ -25,6 +25,7 @@ class Rules:
     """What an endpoint takes and keeps, from whom, and from where it fetches itself.
 
     peers: URLs of agents whose handles a caller may name. Callers of this machine may name those of this machine.
+    codecs: what is known of codecs, above all their records. floor: what a lossy codec's record must reach.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -32,6 +33,8 @@ class Rules:
     quota: Quota = field(default_factory=Quota)
     security: Security = field(default_factory=Security)
     peers: tuple[str, ...] = ()
+    codecs: tuple[CodecOffer, ...] = ()
+    floor: Floor = field(default_factory=Floor)
 
     def is_peer(self, url: str) -> bool:
         """Whether the URL is a peer's, or below one."""
@@ -59,10 +62,11 @@ class Desk:
     def _about(self) -> Hello:
         hello = Hello(
             self.name,
-            codecs=offers(),
+            codecs=offers(self.rules.codecs),
             transports=registry.names("avp.transports"),
             limits=self.rules.limits,
             accept=self.rules.accept,
+            floor=self.rules.floor,
         )
         connector = self.connector
         if connector is None:
