@@ -32,13 +32,22 @@ def test_one_agent_hands_over_and_the_other_goes_on(agents: tuple[Agent, Agent])
     a, b = agents
     context = a.prefill(IDS)
     handle = a.hand_over(context, to=b)
-    assert (len(handle), handle.url, handle.exactness) == (300, "agent:b", Exactness.EXACT)
+    assert (len(handle), handle.url, handle.exactness) == (300, b.url, Exactness.EXACT)
     near = a.generate(PROMPT, context=context, max_new_tokens=6)
     there = b.generate(PROMPT, context=handle, max_new_tokens=6)
     assert there.tokens == near.tokens
     assert there.receipt.tokens_reused == 300
     assert len(b.think("More.", context=handle, steps=2)) > 300
     assert len(b.prefill([4], context=handle)) == 301
+
+
+def test_agents_of_one_name_are_told_apart(agents: tuple[Agent, Agent]) -> None:
+    a, b = agents
+    handle = a.hand_over(IDS, to=b)
+    with Agent(connector(2), name="b") as twin, a.connect(twin) as remote:
+        assert twin.url != b.url
+        with pytest.raises(AccessDenied, match="does not fetch contexts from agent:b#"):
+            remote.generate(PROMPT, context=handle)
 
 
 def test_the_secret_of_a_handle_is_not_in_its_repr(agents: tuple[Agent, Agent]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -60,6 +61,7 @@ class Agent:
         self.endpoint = AgentEndpoint(connector, name=name, store=self.store, rules=rules, pull=self._pull)
         self._remotes: dict[str, Remote] = {}
         self._lock = threading.Lock()
+        self._serial = secrets.token_hex(4)  # agents of one name are told apart by it
 
     def __repr__(self) -> str:
         return f"<Agent {self.name}, {self.connector.identity.describe() if self.connector else 'no model'}>"
@@ -179,12 +181,12 @@ class Agent:
     @property
     def url(self) -> str:
         """How handles call it that were given without a network."""
-        return f"agent:{self.name}"
+        return f"agent:{self.name}#{self._serial}"
 
     def _remote(self, to: Agent | Remote | str) -> AsyncRemote:
         if isinstance(to, Remote):
             return to.on_behalf_of(self.own)
-        key = to if isinstance(to, str) else f"agent:{id(to)}"
+        key = to if isinstance(to, str) else to.url
         with self._lock:
             if key not in self._remotes:
                 self._remotes[key] = self.connect(to)

@@ -130,7 +130,7 @@ def _noted_identity(name: str) -> ModelIdentity | None:
     from avp.connectors.weights import kept_fingerprint, tokenizer_fingerprint
 
     folder = loading.resolve(name)
-    checkpoint = folder if isinstance(folder, Path) else loading._hub_folder(folder)
+    checkpoint = folder if isinstance(folder, Path) else loading.hub_folder(folder)
     values = checkpoint and kept_fingerprint(checkpoint)
     if not checkpoint or not values or (checkpoint / "adapter_config.json").exists():
         return None
@@ -142,8 +142,8 @@ def _noted_identity(name: str) -> ModelIdentity | None:
     except (OSError, ValueError):  # the connector says what is wrong
         return None
     layout = cache_layout(config, generation or GenerationConfig.from_model_config(config))
-    weights = loading._gguf_digest(checkpoint, values) or values
-    return ModelIdentity(loading._title(name), config.model_type, weights, tokenizer_fingerprint(tokenizer), layout)
+    weights = loading.gguf_digest(checkpoint, values) or values
+    return ModelIdentity(loading.title(name), config.model_type, weights, tokenizer_fingerprint(tokenizer), layout)
 
 
 def _quiet() -> None:

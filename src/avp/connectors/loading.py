@@ -40,7 +40,7 @@ def load(name: str | Path, *, device: str | torch.device | None, dtype: str | to
     precision = pick_dtype(dtype, where)
     folder = resolve(name)
     model, weights = _load(folder, name, precision)
-    return Loaded(model.to(precision).to(where).eval(), _tokenizer(folder), _title(name), weights)
+    return Loaded(model.to(precision).to(where).eval(), _tokenizer(folder), title(name), weights)
 
 
 def resolve(name: str | Path) -> str | Path:
@@ -66,7 +66,8 @@ def _convert_builtin(name: str) -> Path:
     return gguf.convert(models.fetch(name), models.converted(name))
 
 
-def _title(name: str | Path) -> str:
+def title(name: str | Path) -> str:
+    """What a model is called in messages."""
     return models.BUILTIN[str(name)].title if str(name) in models.BUILTIN else str(name)
 
 
@@ -109,24 +110,24 @@ def _load_folder(folder: str | Path, name: str | Path, dtype: torch.dtype | str)
 
 def _load(folder: str | Path, name: str | Path, precision: torch.dtype) -> tuple[PreTrainedModel, str]:
     """The model and its fingerprint, which is taken once, in the checkpoint's own dtype."""
-    checkpoint = folder if isinstance(folder, Path) else _hub_folder(folder)
+    checkpoint = folder if isinstance(folder, Path) else hub_folder(folder)
     values = checkpoint and kept_fingerprint(checkpoint)
     model = _load_folder(folder, name, precision if values else "auto")
     if not values:
         values = weights_fingerprint(model)
-        checkpoint = checkpoint or _hub_folder(str(folder))
+        checkpoint = checkpoint or hub_folder(str(folder))
         if checkpoint:
             keep_fingerprint(checkpoint, values)
-    return model, (checkpoint and _gguf_digest(checkpoint, values)) or values
+    return model, (checkpoint and gguf_digest(checkpoint, values)) or values
 
 
-def _hub_folder(hub_id: str) -> Path | None:
+def hub_folder(hub_id: str) -> Path | None:
     """The local snapshot of a hub model."""
     config = cached_file(hub_id, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
     return Path(config).parent if config else None
 
 
-def _gguf_digest(checkpoint: Path, values: str) -> str | None:
+def gguf_digest(checkpoint: Path, values: str) -> str | None:
     """The digest of the GGUF file that a checkpoint was converted from, if it still has the values it had then.
 
     All engines name a GGUF by this digest. The note is made here, beside the conversion, at its first use.
