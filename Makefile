@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format docs bench ci clean models
+.PHONY: demo test check format docs bench ci clean models servers
 
 demo: $(STAMP)  ## four agents, four ways to hand over, on the default model
 	$(BIN)/avp demo --fixed-length
@@ -32,11 +32,15 @@ bench: $(STAMP) models  ## the figures under docs/bench, with the peer in an env
 	$(BIN)/avp bench latent --limit 100 --out docs/bench
 	$(BIN)/python docs/make_benchmarks.py
 
+servers:  ## a Redis for the tests, where the system's packages may be installed
+	@command -v redis-server >/dev/null || (apt-get update -qq && apt-get install -y -qq redis-server >/dev/null) \
+	  || echo "no redis-server: the tests of the Redis store will be skipped"
+
 models: $(STAMP)  ## the two small models, into the user's cache
 	$(BIN)/avp models get smollm2
 	$(BIN)/avp models get gemma3
 
-ci: check test docs
+ci: check servers test docs
 	@echo "ci: done; left out: make bench (timings, and the peer's environment)"
 
 $(STAMP): pyproject.toml constraints.txt
