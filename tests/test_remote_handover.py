@@ -28,7 +28,7 @@ def test_what_a_handle_stands_for_continues_token_for_token_as_the_sender_would(
     async def scenario() -> None:
         remote, channel = tapped(*agents)
         handle = await remote.hand_over(context)
-        assert (len(handle), handle.exactness, handle.url) == (300, Exactness.EXACT, "agent:b")
+        assert (len(handle), handle.exactness, handle.url) == (300, Exactness.EXACT, agents[1].url)
         done = handle.receipt
         assert done is not None
         assert (done.mode, done.exactness, done.tokens_reused, done.bytes_reused) == ("kv", Exactness.EXACT, 300, 0)

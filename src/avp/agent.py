@@ -214,15 +214,17 @@ class Agent:
         return context
 
 
-def serve(agent: Agent, *urls: str) -> Server:
+def serve(agent: Agent, *urls: str, trust_model_hash: Sequence[str] = ()) -> Server:
     """Answer for an agent at these URLs (`http://127.0.0.1:0`, `unix:/run/a.sock`, …), in the background.
 
+    trust_model_hash: what peers of AVP 0.4, which prove no weights, call the model whose weights run here.
+
     Raises:
-        UsageError: an address that is not ours to listen at, or open to all without authentication.
+        UsageError: an address that is not ours to listen at, or open to all without authentication; no model hash.
     """
-    return network.serve(agent.endpoint, *urls)
+    return network.serve(agent.endpoint, *urls, trust_model_hash=trust_model_hash)
 
 
-async def serve_async(agent: Agent, *urls: str) -> AsyncServer:
+async def serve_async(agent: Agent, *urls: str, trust_model_hash: Sequence[str] = ()) -> AsyncServer:
     """As `serve`, in the caller's event loop."""
-    return await network.serve_async(agent.endpoint, *urls)
+    return await network.serve_async(agent.endpoint, *urls, trust_model_hash=trust_model_hash)

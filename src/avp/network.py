@@ -11,6 +11,7 @@ from avp.context import Context
 from avp.endpoint import AgentEndpoint
 from avp.handle import Handle, RemoteGeneration
 from avp.handshake import Hello
+from avp.interop.avp04_endpoint import Endpoint04
 from avp.portal import PORTAL
 from avp.protocols import Listener, Prompt
 from avp.receipt import Receipt
@@ -203,16 +204,19 @@ class AsyncServer:
         await asyncio.gather(*(listener.close() for listener in self._listeners))
 
 
-async def serve_async(endpoint: AgentEndpoint, *urls: str) -> AsyncServer:
-    """Answer for an agent at these URLs, in this event loop.
+async def serve_async(endpoint: AgentEndpoint, *urls: str, trust_model_hash: Sequence[str] = ()) -> AsyncServer:
+    """Answer for an agent at these URLs, in this event loop; by HTTP also to peers of AVP 0.4.
+
+    trust_model_hash: what peers of AVP 0.4 call the model whose weights run here; they prove nothing.
 
     Raises:
-        UsageError: an address that is not ours to listen at, or open to all without authentication.
+        UsageError: an address that is not ours to listen at, or open to all without authentication; no model hash.
     """
+    both = Endpoint04(endpoint, trust=trust_model_hash)
     listeners: list[Listener] = []
     try:
         for url in urls:
-            listeners.append(await transports.find(url).serve(endpoint, url, security=endpoint.desk.rules.security))
+            listeners.append(await transports.find(url).serve(both, url, security=endpoint.desk.rules.security))
     except BaseException:
         for listener in listeners:
             await listener.close()
@@ -241,6 +245,6 @@ class Server:
         PORTAL.run(self._server.close())
 
 
-def serve(endpoint: AgentEndpoint, *urls: str) -> Server:
+def serve(endpoint: AgentEndpoint, *urls: str, trust_model_hash: Sequence[str] = ()) -> Server:
     """As `serve_async`, in the background."""
-    return Server(PORTAL.run(serve_async(endpoint, *urls)))
+    return Server(PORTAL.run(serve_async(endpoint, *urls, trust_model_hash=trust_model_hash)))

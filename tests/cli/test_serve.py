@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 import trustme
 
+import avp as avp_api
+from avp.security import Security, Tenant
+from avp.segment import Want, page_ids, root_page
+from avp.stores import open_store
+from avp.testing.synthetic import synthetic_context
+
 from .serving import COMMAND, PATIENCE, avp, checkpoint, environment, first_line, serving
 
 SECRET = "sesame-opens-the-door"
@@ -126,6 +132,31 @@ def test_tenants_by_token_do_not_see_each_others_contexts(model: Path, tmp_path:
     assert mine.stdout == "3600\n"
     assert theirs.stderr.startswith("HandleExpired: ")
     assert handle not in theirs.stderr
+
+
+@pytest.mark.parametrize("secret", [None, "shared by servers"])
+def test_the_salt_of_a_tenant_follows_from_a_secret(
+    secret: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AVP_CACHE", str(tmp_path / "cache"))
+    if secret:
+        monkeypatch.setenv("AVP_TENANT_SECRET", secret)
+    url, tokens = f"unix:{tmp_path}/a.sock", tmp_path / "tokens"
+    tokens.write_text("one-token one\n")
+    page = synthetic_context(tokens=32)
+    assert page.model is not None
+    with (
+        serving("--no-model", "--listen", url, "--tokens", tokens, "--store", f"disk:{tmp_path}/store"),
+        avp_api.connect(url, security=Security(token="one-token")) as remote,
+    ):
+        remote.hand_over(page)
+    key = secret.encode() if secret else (tmp_path / "cache" / "secret").read_bytes()
+    want = Want(page.segments[0].engine, page.segments[0].dtype)
+    store = open_store(f"disk:{tmp_path}/store")
+    for tenant, there in ((Tenant.named("one", secret=key), True), (Tenant.named("one"), False)):
+        ids = page_ids(root_page(page.model, salt=tenant.salt), page.tokens)
+        assert store.have(ids, tenant="one", want=want) == [there]
+    store.close()
 
 
 @pytest.mark.parametrize("text", ["only-a-token\n", "a one\na two\n", "# nothing\n", "a b c\n"])

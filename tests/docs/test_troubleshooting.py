@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,19 +25,13 @@ from avp.context import Context
 from avp.testing import synthetic_context
 from avp.testing.tiny import CHATML, tiny_connector, tiny_model, tiny_tokenizer
 
+from . import network_errors, store_errors
+from .reproducing import REPRODUCTIONS, reproduces
+
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 HEADINGS = [line.removeprefix("## ").strip().strip("`") for line in PAGE.read_text().splitlines() if line[:3] == "## "]
+__all__ = ["network_errors"]  # it registers what it reproduces
 PLAN = "Plan the work: 12 apples and 7 pears."
-REPRODUCTIONS: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {}
-
-
-def reproduces(heading: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    def register(function: Callable[..., object]) -> Callable[..., object]:
-        count = function.__code__.co_argcount
-        REPRODUCTIONS[heading] = lambda *given: function(*given[:count])
-        return function
-
-    return register
 
 
 @cache
@@ -75,6 +68,12 @@ def first_line(heading: str) -> str:
 def test_the_page_and_the_reproductions_are_the_same_list() -> None:
     assert sorted(HEADINGS) == sorted(REPRODUCTIONS)
     assert len(set(HEADINGS)) == len(HEADINGS)
+
+
+@pytest.mark.parametrize("extra", store_errors.LIBRARIES)
+def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(extra: str) -> None:
+    assert f'which is not installed. Fix: pip install "avp[{extra}]"' in store_errors.missing_library(extra)
+    assert f"`avp[{extra}]`" in PAGE.read_text()
 
 
 # --- models

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avp.agent import Agent
+from avp.blob import seal
 from avp.context import Context, text_context
 from avp.delta import outline, outline_to_items
 from avp.errors import AccessDenied, AVPError, BundleError, HandleExpired, UsageError
 from avp.protocols import Item
 from avp.security import Caller, Security, Tenant
+from avp.segment import Want
 
 from .callers import ANNA, BERT, announce, ask, event_of, hello_of, shake
 from .peers import IDS, connector, positions, run, tapped
@@ -53,7 +55,7 @@ def test_what_was_not_announced_or_came_twice_or_not_at_all_gives_no_handle(agen
         reply, blobs = await announce(agent, context)
         items: dict[str, tuple[str, list[Item]]] = {
             "strange": ("none of this context", [strange[0]]),
-            "twice": ("more segments came", [blobs[0], blobs[0], *blobs]),
+            "twice": ("a segment came that was not missing", [blobs[0], blobs[0], *blobs]),
             "short": ("did not come", [blobs[0]]),
             "context": ("a Context came where a segment was due", [text_context("a")]),
             "event": ("came where a segment was due", [{}]),
@@ -65,6 +67,25 @@ def test_what_was_not_announced_or_came_twice_or_not_at_all_gives_no_handle(agen
         assert agent.endpoint.desk.handles.memory() == 299 * context.nbytes // 300  # only the strange one's room
 
     context = connector(0).prefill(IDS)
+    run(scenario())
+
+
+def test_a_caller_cannot_replace_a_page_that_is_here(agent: Agent) -> None:
+    async def scenario() -> None:
+        reply, blobs = await announce(agent, context)
+        await ask(agent, "receive", {"transfer": reply["transfer"]}, *blobs)
+        reply, more = await announce(agent, longer)
+        assert reply["missing"] == [[8, 10]]
+        forged = replace(connector(seed=1).prefill(IDS).segments[0], engine=blobs[0].segment.engine)
+        assert context.model is not None
+        false = seal(context.model, replace(forged, pages=blobs[0].segment.pages, parent=blobs[0].segment.parent))
+        with pytest.raises(BundleError, match="was not missing"):
+            await ask(agent, "receive", {"transfer": reply["transfer"]}, false, *more)
+        want = Want(context.segments[0].engine, context.segments[0].dtype)
+        kept = agent.store.get(false.segment.pages[0], tenant="", want=want).segment
+        assert kept.read(0, "k").tobytes() == context.segments[0].read(0, "k").tobytes()
+
+    context, longer = connector(0).prefill(IDS[:256]), connector(0).prefill(IDS)
     run(scenario())
 
 

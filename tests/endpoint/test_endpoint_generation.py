@@ -144,6 +144,8 @@ def test_a_handle_of_a_third_agent_is_fetched_from_there_for_callers_of_this_mac
         ("http://localhost@far.example", "127.0.0.1", False),
         ("http://127.0.0.1.far.example", "127.0.0.1", False),
         ("file:/etc/passwd", "127.0.0.1", False),
+        ("file://localhost/etc/passwd", "127.0.0.1", False),
+        ("grpc://[::1]:7", "[::1]", True),
         ("http://peer.example:80", "10.0.0.9", True),
         ("http://peer.example:80/x", "10.0.0.9", True),
         ("http://peer.example:8080", "10.0.0.9", False),

@@ -9,20 +9,26 @@ import threading
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avp.bench.peer import environment
+from avp import HuggingFaceConnector
+from avp.bench.peer import add_http, environment
+from avp.testing.tiny import tiny_model, tiny_tokenizer
 
 _TIMEOUT = 180.0  # seconds for one answer
 _SCRIPT = """
-import base64, json, os, sys, warnings
+import base64, dataclasses, json, os, sys, warnings
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 warnings.simplefilter("ignore")
 import torch
 import avp
 from avp.context import AVPContext
+from avp.errors import HandshakeError, TransportError
+from avp.fallback import JSONMessage
+from avp.transport import AVPClient
 torch.set_num_threads(1)
 connector = avp.HuggingFaceConnector.from_pretrained(sys.argv[1], dtype=torch.float32)
 
@@ -68,7 +74,41 @@ def encode(payload, level):
     data = avp.encode(base64.b64decode(payload), metadata, avp.CompressionLevel[level])
     return base64.b64encode(data).decode()
 
-calls = {each.__name__: each for each in (identity, think, generate, again, decode, encode)}
+def over_http(url, token, do):
+    identity = connector.get_model_identity()
+    with AVPClient(url, agent_id="theirs", model_identity=identity, token=token, timeout=60) as client:
+        try:
+            return do(client)
+        except (HandshakeError, TransportError) as error:
+            return {"error": type(error).__name__, "said": str(error)}
+
+def handshake(url, token):
+    def do(client):
+        found = client.handshake()
+        return {
+            "mode": found.mode.name, "path": found.resolution_path, "session_id": found.session_id,
+            "remote": found.remote_identity.to_dict(),
+        }
+    return over_http(url, token, do)
+
+def transmit(url, token, data, session, named, level):
+    message = avp.decode(base64.b64decode(data))
+    extra = {key: value for key, value in message.metadata.extra.items() if named or key != "model_hash"}
+    metadata = dataclasses.replace(message.metadata, session_id=session, extra=extra)
+    def do(client):
+        answer = client.transmit(message.payload, metadata, avp.CompressionLevel[level])
+        return {**answer.json(), "http": answer.http_version}
+    return over_http(url, token, do)
+
+def authority(file):
+    os.environ["SSL_CERT_FILE"] = file
+
+def send_text(url, token, content, session):
+    message = JSONMessage(content=content, session_id=session, source_agent_id="theirs", target_agent_id="ours")
+    return over_http(url, token, lambda client: client.send_text(message).json())
+
+functions = (identity, think, generate, again, decode, encode, handshake, transmit, send_text, authority)
+calls = {each.__name__: each for each in functions}
 for line in sys.stdin:
     request = json.loads(line)
     name = request.pop("call")
@@ -116,9 +156,50 @@ class PeerProcess:
         """What the peer reads in a frame."""
         return self.call("decode", data=b64encode(data).decode())
 
+    def handshake(self, url: str, *, token: str | None = None) -> Any:
+        """What `AVPClient.handshake` made of the answer."""
+        return self.call("handshake", url=url, token=token)
+
+    def transmit(
+        self,
+        url: str,
+        data: bytes,
+        *,
+        session: str = "",
+        token: str | None = None,
+        named: bool = True,
+        level: str = "NONE",
+    ) -> Any:
+        """The answer to `AVPClient.transmit` of a frame's payload; without its model hash if it is not to be named."""
+        given = b64encode(data).decode()
+        return self.call("transmit", url=url, token=token, data=given, session=session, named=named, level=level)
+
+    def send_text(self, url: str, content: str, *, session: str = "", token: str | None = None) -> Any:
+        """The answer to `AVPClient.send_text`."""
+        return self.call("send_text", url=url, token=token, content=content, session=session)
+
     def encode(self, payload: bytes, *, level: str) -> bytes:
         """The peer's frame of a payload."""
         return b64decode(self.call("encode", payload=b64encode(payload).decode(), level=level))
+
+
+@dataclass(frozen=True)
+class Both:
+    """One model, loaded on both sides."""
+
+    ours: HuggingFaceConnector
+    theirs: PeerProcess
+    hash: str
+
+
+@contextmanager
+def both_over(folder: Path, *, seed: int) -> Iterator[Both]:
+    """A tiny model on both sides, saved in the folder. Raises PeerUnavailable."""
+    tiny_model("llama", seed=seed).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    ours = HuggingFaceConnector.from_pretrained(folder / "model", device="cpu", dtype="float32")
+    with peer_over(folder / "model", folder / "peer.log") as theirs:
+        yield Both(ours, theirs, theirs.call("identity")["model_hash"])
 
 
 @contextmanager
@@ -129,6 +210,7 @@ def peer_over(model: Path, errors: Path) -> Iterator[PeerProcess]:
         PeerUnavailable: no environment could be built.
     """
     python = environment(tell=print)
+    add_http(python, tell=print)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with (
         errors.open("w") as log,

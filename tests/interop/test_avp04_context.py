@@ -198,7 +198,7 @@ def test_state_of_a_peer_that_nobody_trusts_is_refused(make, trusted: str) -> No
 
 
 def test_a_receipt_can_say_that_the_weights_are_not_proven() -> None:
-    assert trust_reason(read_frame(kv_frame(tokens=1))) == (
+    assert trust_reason(read_frame(kv_frame(tokens=1)).metadata) == (
         "the weights of the sender are trusted, not proven: AVP 0.4 names them by a hash of the config only "
         "(abababababababab…)"
     )

@@ -3,51 +3,24 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
-from avp import HuggingFaceConnector
-from avp.bench.peer import PeerUnavailable
 from avp.context import text_context
 from avp.errors import DigestMismatch, IdentityMismatch
 from avp.interop.avp04 import model_hash, read_frame, tokenizer_hash, write_frame
 from avp.interop.avp04_context import context_from_frame, frame_from_context
 from avp.interop.avp04_proto import Metadata
 from avp.segment import LATENT, Exactness
-from avp.testing.tiny import tiny_model, tiny_tokenizer
 
 from ..samples import kv_bytes
-from .peer import PeerProcess, peer_over
+from .peer import Both
 from .test_avp04 import VECTORS
 from .wire import HASH, kv_context
 
 PLAN = "The planner plans 12 apples and 7 pears."
 ASK = "How many pears does the critic read in the plan?"
 NEW = 40
-
-
-@dataclass(frozen=True)
-class Both:
-    """One model, loaded on both sides."""
-
-    ours: HuggingFaceConnector
-    theirs: PeerProcess
-    hash: str
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    folder = tmp_path_factory.mktemp("peer")
-    tiny_model("llama", seed=3).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    ours = HuggingFaceConnector.from_pretrained(folder / "model", device="cpu", dtype="float32")
-    try:
-        with peer_over(folder / "model", folder / "peer.log") as theirs:
-            yield Both(ours, theirs, theirs.call("identity")["model_hash"])
-    except PeerUnavailable as error:
-        pytest.skip(f"the peer avp==0.6.2 cannot be installed here: {error}")
 
 
 def test_both_sides_hash_model_and_tokenizer_alike(both: Both) -> None:

@@ -17,7 +17,8 @@ from avp.errors import AVPError
 from avp.folders import cache_dir
 
 VERSION = "0.6.2"
-PACKAGES = ("torch==2.13.0", f"avp[hf]=={VERSION}", "accelerate")
+_HTTP = "httpx[http2]"
+PACKAGES = ("torch==2.13.0", f"avp[hf]=={VERSION}", "accelerate", _HTTP)
 _TIMEOUT = 120.0  # seconds for one answer
 
 # Makes a context of random KV and then, for each line "to_bytes" or "from_bytes", does that once and says the seconds.
@@ -138,7 +139,7 @@ def environment(*, tell: Callable[[str], object]) -> Path:
         try:
             scratch.parent.mkdir(parents=True, exist_ok=True)
             _run([sys.executable, "-m", "venv", str(scratch)])
-            _run([str(_python(scratch)), "-m", "pip", "install", "--no-input", "--retries=1", *PACKAGES])
+            _install(_python(scratch), *PACKAGES)
             scratch.rename(folder)
         except OSError as error:
             raise PeerUnavailable(f"its environment could not be written: {error}") from error
@@ -146,6 +147,25 @@ def environment(*, tell: Callable[[str], object]) -> Path:
             shutil.rmtree(scratch, ignore_errors=True)
         tell("peer: its environment is ready")
     return _python(folder)
+
+
+def add_http(python: Path, *, tell: Callable[[str], object]) -> None:
+    """Complete an environment that was built without what the peer's HTTP client needs.
+
+    Raises:
+        PeerUnavailable: it could not be installed; the reason is pip's.
+    """
+    try:
+        found = subprocess.run([str(python), "-I", "-c", "import h2, httpx"], capture_output=True, check=False)
+        if found.returncode:
+            tell(f"peer: adding {_HTTP} to its environment …")
+            _install(python, _HTTP)
+    except OSError as error:
+        raise PeerUnavailable(f"{python} does not run: {error.strerror}") from error
+
+
+def _install(python: Path, *packages: str) -> None:
+    _run([str(python), "-m", "pip", "install", "--no-input", "--retries=1", *packages])
 
 
 def _python(folder: Path) -> Path:

@@ -24,6 +24,8 @@ from avp.cli.connection import CLASSES, PEM
 from avp.cli.source import load_connector
 from avp.cli.words import say
 from avp.errors import UsageError
+from avp.folders import machine_secret
+from avp.interop.avp04_endpoint import check_hashes
 from avp.security import Security, Tenant
 from avp.session import Quota
 from avp.stores.settings import parse_amount
@@ -81,6 +83,12 @@ _TIME = _amount(MappingProxyType({"s": 1, "m": 60, "h": 3600, "d": 86400}))
 @click.option("--waiting", type=click.IntRange(min=0), default=64, show_default=True, help="How many more may queue.")
 @click.option("--accept", type=CLASSES, default="exact", show_default=True, help="The worst class that it takes.")
 @click.option("--peer", "peers", multiple=True, metavar="URL", help="Fetches handles from here. May be given again.")
+@click.option(
+    "--trust-model-hash",
+    multiple=True,
+    metavar="HASH",
+    help="What peers of AVP 0.4 call this model: their KV is taken. May be given again.",
+)
 @click.option("--token", envvar="AVP_TOKEN", show_envvar=True, help="Callers must show it; peers are shown it.")
 @click.option(
     "--tokens",
@@ -89,6 +97,12 @@ _TIME = _amount(MappingProxyType({"s": 1, "m": 60, "h": 3600, "d": 86400}))
     envvar="AVP_TOKENS",
     show_envvar=True,
     help='Lines "token tenant": callers must show one of these. --token is then for peers alone.',
+)
+@click.option(
+    "--tenant-secret",
+    envvar="AVP_TENANT_SECRET",
+    show_envvar=True,
+    help="Of the salts of --tokens: the same for servers that share a store. By default one of this machine.",
 )
 @click.option("--tls-cert", type=PEM, help="PEM file of the server's certificate.")
 @click.option("--tls-key", type=PEM, help="PEM file of its key.")
@@ -113,8 +127,10 @@ def serve(
     waiting: int,
     accept: str,
     peers: tuple[str, ...],
+    trust_model_hash: tuple[str, ...],
     token: str | None,
     tokens_file: Path | None,
+    tenant_secret: str | None,
     tls_cert: Path | None,
     tls_key: Path | None,
     client_ca: Path | None,
@@ -129,9 +145,10 @@ def serve(
     few seconds. A second one ends it at once.
     """
     token = token or None
-    tokens = _read_tokens(tokens_file) if tokens_file else {token: Tenant()} if token else {}
+    tokens = _read_tokens(tokens_file, tenant_secret) if tokens_file else {token: Tenant()} if token else {}
     security = Security(token, MappingProxyType(tokens), client_ca, tls_cert, tls_key, insecure, http2)
     _check(urls, security)
+    check_hashes(trust_model_hash)
     connector = None if no_model else load_connector(model, device=device, dtype=dtype)
     agent = Agent(
         connector,
@@ -145,11 +162,11 @@ def serve(
     with _logging(log_level):
         with agent:
             _warm_up(agent)
-            asyncio.run(_serve(agent, urls, as_json=as_json))
+            asyncio.run(_serve(agent, urls, trust=trust_model_hash, as_json=as_json))
         _wait_for_threads()
 
 
-async def _serve(agent: Agent, urls: Sequence[str], *, as_json: bool) -> None:
+async def _serve(agent: Agent, urls: Sequence[str], *, trust: Sequence[str], as_json: bool) -> None:
     """Listen, say so, and close at the first signal."""
     loop, told = asyncio.get_running_loop(), asyncio.Event()
 
@@ -158,7 +175,7 @@ async def _serve(agent: Agent, urls: Sequence[str], *, as_json: bool) -> None:
             os._exit(128 + which)
         told.set()
 
-    async with await serve_async(agent, *urls) as server:
+    async with await serve_async(agent, *urls, trust_model_hash=trust) as server:
         for which in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(which, end, which)
         if as_json:
@@ -177,8 +194,9 @@ def _check(urls: Sequence[str], security: Security) -> None:
             refuse_open(url, security=security)
 
 
-def _read_tokens(path: Path) -> dict[str, Tenant]:
+def _read_tokens(path: Path, secret: str | None) -> dict[str, Tenant]:
     """Tenants by token; no message quotes a line."""
+    key = secret.encode() if secret else machine_secret()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -193,7 +211,7 @@ def _read_tokens(path: Path) -> dict[str, Tenant]:
                 f"line {number} of {path} is no token and its tenant, or repeats a token. "
                 'Fix: write lines "token tenant"; a line that begins with # is a comment.'
             )
-        tokens[words[0]] = Tenant.named(words[1])
+        tokens[words[0]] = Tenant.named(words[1], secret=key)
     if not tokens:
         raise UsageError(f'{path} holds no token. Fix: write lines "token tenant", or leave --tokens out.')
     return tokens

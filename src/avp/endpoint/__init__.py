@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 
-from avp.endpoint.desk import Desk, Pull, Rules, first_event, text
+from avp.direct import ended
+from avp.endpoint.desk import Desk, Pull, Rules, first_event, text, timely
 from avp.endpoint.generating import Generating
 from avp.endpoint.giving import Giving, without_salt
 from avp.endpoint.receiving import Receiving
-from avp.errors import UsageError
+from avp.errors import AccessDenied, AVPError, Busy, UsageError
 from avp.greeting import hello_from_json, hello_to_json
 from avp.handshake import Hello
 from avp.manifest import Limits
@@ -16,6 +18,7 @@ from avp.protocols import Connector, Item, Store
 from avp.security import Caller
 
 __all__ = ["AgentEndpoint", "Rules", "without_salt"]
+_log = logging.getLogger("avp")
 
 
 class AgentEndpoint:
@@ -45,7 +48,11 @@ class AgentEndpoint:
 
     def admit(self, token: str | None, *, address: str) -> Caller:
         """Who calls; raises AccessDenied."""
-        return Caller(self.desk.rules.security.tenant(token), address)
+        try:
+            return Caller(self.desk.rules.security.tenant(token), address)
+        except AccessDenied:
+            _log.warning("a caller at %s was refused: AccessDenied", address)
+            raise
 
     def hello(self) -> Hello:
         """What the agent says of itself."""
@@ -55,7 +62,21 @@ class AgentEndpoint:
         """Carry out a verb; raises UsageError for one that there is not, and what the verb raises."""
         if verb not in self._verbs:
             raise UsageError(f"there is no verb {verb[:40]!r}. Fix: use one of {', '.join(self._verbs)}.")
-        return self._verbs[verb](items, caller)
+        if verb != "receive":  # which knows how long its segments may take
+            items = timely(items, seconds=self.desk.rules.quota.idle)
+        return self._noted(verb, items, caller)
+
+    async def _noted(self, verb: str, items: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
+        """The answer; of a refusal the log has a line, without the message, which may quote what was sent."""
+        try:
+            async with ended(items) as given, ended(self._verbs[verb](given, caller)) as answer:
+                async for item in answer:
+                    yield item
+        except AVPError as error:
+            level = logging.INFO if isinstance(error, Busy) else logging.WARNING  # else a crowd would fill the log
+            who = f"tenant {caller.tenant.name!r} at {caller.address}"
+            _log.log(level, "%s by %s was refused: %s", verb, who, type(error).__name__)
+            raise
 
     async def bundle(self, handle: str, *, caller: Caller) -> tuple[bytes | memoryview, ...]:
         """The context of a handle as a bundle, in runs; the same bytes each time. Raises HandleExpired."""

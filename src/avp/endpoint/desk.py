@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from avp import registry
 from avp.context import Context
-from avp.errors import BundleError, UsageError
+from avp.errors import BundleError, TimedOut, UsageError
 from avp.handshake import CodecOffer, Floor, Hello, offers
 from avp.manifest import Limits
 from avp.protocols import Connector, Event, Item, Store
@@ -95,13 +96,43 @@ class Desk:
         return {"handle": name, "ttl": ttl, "length": len(context), "exactness": context.exactness.label}
 
 
-async def first_event(items: AsyncIterator[Item]) -> Event:
-    """The event that a call begins with.
+async def timely(items: AsyncIterator[Item], *, seconds: float) -> AsyncIterator[Item]:
+    """The items; raises as `in_time`."""
+    while (item := await in_time(items, seconds=seconds)) is not None:
+        yield item
+
+
+async def in_time(items: AsyncIterator[Item], *, seconds: float) -> Item | None:
+    """The next item, if it is whole in so many seconds; None after the last. A caller that sends a byte now and then
+    holds nothing for long.
 
     Raises:
-        UsageError: it begins with something else.
+        TimedOut: it was not.
     """
-    item = await anext(items, None)
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            return await anext(items, None)
+    except TimeoutError as error:
+        if isinstance(error, TimedOut) or not limit.expired():
+            raise
+        raise TimedOut(
+            f"no whole event or segment came within {seconds:g} s. Fix: send without such pauses, and smaller segments "
+            "over a slow line."
+        ) from error
+
+
+async def first_event(items: AsyncIterator[Item]) -> Event:
+    """The event that a call begins with; raises as `as_event`."""
+    return as_event(await anext(items, None))
+
+
+def as_event(item: Item | None) -> Event:
+    """The item, which must be an event.
+
+    Raises:
+        UsageError: it is none.
+    """
     if not isinstance(item, Mapping):
         raise UsageError("a call begins with an event, a JSON object. Fix: see docs/spec/protocol.md.")
     return item

@@ -31,7 +31,8 @@ OPTIONS: Mapping[str, type | tuple[type, ...]] = {
     "chat_template_kwargs": (dict, type(None)),
 }
 _MEASURED = 32  # positions that a prefill must have for its rate to say something
-_LOCAL = ("127.", "localhost", "::1", "in-process", "unix")
+_LOCAL = ("127.", "localhost", "::1", "[::1]", "in-process", "unix")
+_NETWORKS = ("http", "https", "grpc", "grpcs")  # not files: those are the server's user's, not the caller's
 _END = object()
 
 
@@ -94,7 +95,7 @@ class Generating:
             scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
         except ValueError:  # no URL at all
             return False
-        near = scheme in ("mem", "unix") or host in ("localhost", "127.0.0.1", "::1")
+        near = scheme in ("mem", "unix") or (scheme in _NETWORKS and host in ("localhost", "127.0.0.1", "::1"))
         return near and caller.address.startswith(_LOCAL)
 
     def _enter(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -21,17 +22,20 @@ from avp.delta import (
     pages_of,
     to_ranges,
 )
-from avp.endpoint.desk import Desk, blob_expected, first_event, text
+from avp.direct import ended
+from avp.endpoint.desk import Desk, as_event, blob_expected, first_event, in_time, text, timely
 from avp.errors import BundleError, ContextTooLong, HandleExpired, SegmentMissing, UsageError
 from avp.greeting import agreement_to_json
 from avp.handshake import Agreement, negotiate
 from avp.protocols import Item
 from avp.security import Caller
-from avp.segment import PAGE, Want
+from avp.segment import PAGE, SEGMENT, Want
 from avp.session import Reservation, Session
 from avp.telemetry import span
 
 _PATIENCE = 60.0  # seconds that room is kept for a hand-over of which nothing comes
+_SLOWEST = 1 << 16  # bytes a second: a line that carries less counts as none
+_AT_ONCE = 2  # segments of a hand-over that are verified and stored side by side: both wait for memory, or a disk
 
 
 @dataclass(slots=True, eq=False)
@@ -79,13 +83,14 @@ class Receiving:
 
     async def receive(self, items: AsyncIterator[Item], caller: Caller) -> AsyncIterator[Item]:
         """Segments of an announced context; each is kept as soon as it is whole and verified. Then the handle."""
-        event = await first_event(items)
+        event = as_event(await in_time(items, seconds=self._desk.rules.quota.idle))
         name = text(event, "transfer")
         transfer = self._transfers.get(name)
         if transfer is None or transfer.session.tenant != caller.tenant or self._transfers.pop(name, None) is None:
             raise HandleExpired("nothing is announced under that name, or no longer. Fix: announce it again (`have`).")
         try:
-            await self._take(items, transfer, caller)
+            async with ended(timely(items, seconds=_patience(transfer.given))) as segments:
+                await self._take(segments, transfer, caller)
             lacking = await asyncio.to_thread(self._lacking, transfer, caller)
             if lacking and not set(pages_of(lacking)) <= set(pages_of(transfer.due)):
                 raise SegmentMissing(
@@ -106,25 +111,25 @@ class Receiving:
         yield self._desk.keep(context, transfer.session)
 
     async def _take(self, items: AsyncIterator[Item], transfer: _Transfer, caller: Caller) -> None:
-        """Receive one segment while the one before is verified and stored."""
-        storing: asyncio.Task[None] | None = None
-        budget = transfer.room.nbytes
+        """Receive segments while those before are verified and stored."""
+        storing: deque[asyncio.Task[None]] = deque()
+        due = set(pages_of(transfer.due))
         try:
             async for item in items:
                 if not isinstance(item, Blob):
                     raise blob_expected(item)
                 check_piece(item, transfer.given, least=transfer.agreement.exactness)
-                budget -= transfer.given.nbytes(((item.segment.start // PAGE, -(-item.segment.stop // PAGE)),))
-                if budget < 0:
-                    raise BundleError("more segments came than were missing. Fix: send what `have` asked for.")
-                if storing is not None:
-                    await storing
-                storing = asyncio.create_task(asyncio.to_thread(self._keep, item, transfer, caller))
-            if storing is not None:
-                await storing
+                pages = range(item.segment.start // PAGE, -(-item.segment.stop // PAGE))
+                if not due.issuperset(pages):  # nobody replaces what is here already
+                    raise BundleError("a segment came that was not missing. Fix: send what `have` asked for, once.")
+                due.difference_update(pages)
+                if len(storing) == _AT_ONCE:
+                    await storing.popleft()
+                storing.append(asyncio.create_task(asyncio.to_thread(self._keep, item, transfer, caller)))
+            while storing:
+                await storing.popleft()
         finally:
-            if storing is not None:
-                await asyncio.gather(storing, return_exceptions=True)
+            await asyncio.gather(*storing, return_exceptions=True)
 
     def _keep(self, blob: Blob, transfer: _Transfer, caller: Caller) -> None:
         with span("verify", start=blob.segment.start):
@@ -169,3 +174,9 @@ class Receiving:
         for name, transfer in list(self._transfers.items()):
             if transfer.expires <= now and self._transfers.pop(name, None) is not None:
                 transfer.room.release()
+
+
+def _patience(given: Outline) -> float:
+    """Seconds in which each segment must be whole: it may have to be computed, and to go over a slow line."""
+    largest = given.nbytes(((0, min(SEGMENT // PAGE, len(given.pages))),)) if given.pages else 0
+    return _PATIENCE + largest / _SLOWEST

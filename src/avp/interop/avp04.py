@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from avp import registry
 from avp.errors import BundleError, DigestMismatch, LimitExceeded, TruncatedBundle, UnsupportedBundle, UsageError
-from avp.interop.avp04_proto import Metadata, PayloadType, metadata_bytes, parse_metadata
+from avp.interop.avp04_proto import Metadata, PayloadType, check_metadata_size, metadata_bytes, parse_metadata
 from avp.manifest import Limits
 
 CONTENT_TYPE = "application/avp+binary"
@@ -52,10 +52,7 @@ def read_frame(data: bytes | bytearray | memoryview, *, limits: Limits | None = 
     """
     limits = limits or Limits()
     view = memoryview(data).toreadonly().cast("B")
-    if len(view) > limits.bytes:
-        raise LimitExceeded(
-            f"the frame has {len(view)} bytes; at most {limits.bytes} are allowed. Fix: raise Limits.bytes."
-        )
+    _check_limit(len(view), limits)
     flags, metadata, payload = _take_apart(view)
     if flags & _ZSTD:
         if metadata.compression not in (None, "zstd"):
@@ -72,8 +69,51 @@ def read_frame(data: bytes | bytearray | memoryview, *, limits: Limits | None = 
     return Frame(metadata, payload)
 
 
+def peek_frame(data: bytes | bytearray | memoryview, *, limits: Limits | None = None) -> tuple[int, Metadata] | None:
+    """Bytes of the frame that begins so, and its metadata; None as long as `data` end within them.
+
+    Raises:
+        LimitExceeded: more bytes than `limits` allow, or more metadata than are read. Else as `read_frame`.
+    """
+    view = memoryview(data).cast("B")
+    if len(view) < _HEADER.size:
+        return None
+    _, size, metadata_size = _read_head(view)
+    _check_limit(_HEADER.size + size, limits or Limits())
+    check_metadata_size(metadata_size)
+    metadata = view[_HEADER.size : _HEADER.size + metadata_size]
+    return (_HEADER.size + size, parse_metadata(metadata)) if len(metadata) == metadata_size else None
+
+
+def expanded_size(data: bytes | bytearray | memoryview, *, limits: Limits | None = None) -> int:
+    """Bytes that a compressed payload takes besides the frame once it is decompressed; 0 where nothing is compressed.
+
+    Raises as `read_frame`.
+    """
+    flags, _, payload = _take_apart(memoryview(data).cast("B"))
+    return _content_size(payload, limits or Limits()) if flags & _ZSTD else 0
+
+
+def _check_limit(size: int, limits: Limits) -> None:
+    if size > limits.bytes:
+        raise LimitExceeded(f"the frame has {size} bytes; at most {limits.bytes} are allowed. Fix: raise Limits.bytes.")
+
+
 def _take_apart(view: memoryview) -> tuple[int, Metadata, memoryview]:
     """Flags, metadata, and the payload as it was sent."""
+    flags, size, metadata_size = _read_head(view)
+    body = view[_HEADER.size :]
+    if len(body) != size:
+        error = TruncatedBundle if len(body) < size else BundleError
+        raise error(
+            f"{len(body)} bytes follow the frame's header where it declares {size}. "
+            "Fix: send the whole frame, and only it."
+        )
+    return flags, parse_metadata(body[:metadata_size]), body[metadata_size:]
+
+
+def _read_head(view: memoryview) -> tuple[int, int, int]:
+    """Flags, and the bytes of metadata and payload, and of metadata alone."""
     if len(view) < _HEADER.size:
         raise TruncatedBundle(
             f"the frame has {len(view)} bytes; its header alone takes {_HEADER.size}. Fix: send the whole frame."
@@ -83,37 +123,45 @@ def _take_apart(view: memoryview) -> tuple[int, Metadata, memoryview]:
         raise BundleError(f'the bytes begin with {magic!r}, not with "AV": this is no frame of AVP 0.4. {_ASK}')
     if version != VERSION:
         raise UnsupportedBundle(f"the frame has version {version}; this reader knows {VERSION}. Fix: upgrade avp.")
-    body = view[_HEADER.size :]
-    if len(body) != size:
-        error = TruncatedBundle if len(body) < size else BundleError
-        raise error(
-            f"{len(body)} bytes follow the frame's header where it declares {size}. "
-            "Fix: send the whole frame, and only it."
-        )
     if metadata_size > size:
         raise BundleError(f"the frame declares {metadata_size} bytes of metadata within {size}. {_ASK}")
-    return flags, parse_metadata(body[:metadata_size]), body[metadata_size:]
+    return flags, size, metadata_size
 
 
 def _decompress(packed: memoryview, limits: Limits) -> memoryview:
     """The content of one zstd frame, whose size it tells and the limits allow; both are checked before it is made."""
+    size = _content_size(packed, limits)
+    import zstandard
+
+    try:
+        content = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise _no_zstd(error) from error
+    return memoryview(content)
+
+
+def _content_size(packed: memoryview, limits: Limits) -> int:
+    """The size that one zstd frame tells, which the limits allow."""
     try:
         import zstandard
     except ImportError as error:
         raise registry.missing_extra(error, feature="a compressed frame of AVP 0.4") from error
     try:
         size = zstandard.frame_content_size(packed)
-        if size < 0:
-            raise BundleError(f"the payload's zstd frame does not tell its size. {_ASK}")
-        if size > limits.bytes or size > max(limits.ratio * len(packed), _FREE):
-            raise LimitExceeded(
-                f"the payload would expand from {len(packed)} to {size} bytes, more than {limits.ratio} times or than "
-                f"{limits.bytes} bytes. Fix: raise Limits.ratio or Limits.bytes if the sender is trusted."
-            )
-        content = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise BundleError(f"the payload is no zstd frame: {error}. {_ASK}") from error
-    return memoryview(content)
+        raise _no_zstd(error) from error
+    if size < 0:
+        raise BundleError(f"the payload's zstd frame does not tell its size. {_ASK}")
+    if size > limits.bytes or size > max(limits.ratio * len(packed), _FREE):
+        raise LimitExceeded(
+            f"the payload would expand from {len(packed)} to {size} bytes, more than {limits.ratio} times or than "
+            f"{limits.bytes} bytes. Fix: raise Limits.ratio or Limits.bytes if the sender is trusted."
+        )
+    return size
+
+
+def _no_zstd(error: Exception) -> BundleError:
+    return BundleError(f"the payload is no zstd frame: {error}. {_ASK}")
 
 
 def write_frame(

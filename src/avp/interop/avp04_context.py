@@ -58,21 +58,22 @@ def context_from_frame(
     limits = limits or Limits()
     if frame.metadata.mode is Mode.JSON:
         return context_from_message(frame.payload, limits=limits)
-    _check_trust(frame.metadata, model, trust_model_hash)
+    check_trust(frame.metadata, model, trust_model_hash)
     if frame.metadata.payload_type is PayloadType.HIDDEN_STATE:
         return _hidden_context(frame, model, limits)
     return _kv_context(frame, model, tokens, limits)
 
 
-def trust_reason(frame: Frame) -> str:
+def trust_reason(metadata: Metadata) -> str:
     """What a receipt must say of state that was taken on `trust_model_hash`."""
     return (
         f"the weights of the sender are trusted, not proven: AVP 0.4 names them by a hash of the config only "
-        f"({frame.metadata.extra.get('model_hash', '')[:16]}…)"
+        f"({metadata.extra.get('model_hash', '')[:16]}…)"
     )
 
 
-def _check_trust(metadata: Metadata, model: ModelIdentity, trusted: str) -> None:
+def check_trust(metadata: Metadata, model: ModelIdentity, trusted: str) -> None:
+    """Whether state with such metadata may be taken for the model's; raises IdentityMismatch."""
     claimed = metadata.extra.get("model_hash", "")
     if not claimed or claimed != trusted:
         raise IdentityMismatch(
@@ -240,10 +241,15 @@ def _hidden_payload(context: Context) -> tuple[Shape, list[memoryview]]:
 
 
 def context_from_message(body: bytes | bytearray | memoryview, *, limits: Limits | None = None) -> Context:
-    """The `content` of a JSON message, as a user's turn.
+    """The `content` of a JSON message, as a user's turn. Raises as `read_message`."""
+    return text_context(read_message(body, limits=limits)[0])
+
+
+def read_message(body: bytes | bytearray | memoryview, *, limits: Limits | None = None) -> tuple[str, str]:
+    """The `content` of a JSON message, and its `session_id`, "" where it names none.
 
     Raises:
-        LimitExceeded: more bytes than `limits.header`. BundleError: no JSON object with such a string.
+        LimitExceeded: more bytes than `limits.header`. BundleError: no JSON object with such strings.
     """
     limits = limits or Limits()
     if len(body) > limits.header:
@@ -252,15 +258,15 @@ def context_from_message(body: bytes | bytearray | memoryview, *, limits: Limits
         )
     try:
         value = json.loads(bytes(body))
-        content = value["content"] if isinstance(value, Mapping) else None
-        if not isinstance(content, str):
-            raise ValueError("it is no object")
+        content, session = (value["content"], value.get("session_id", "")) if isinstance(value, Mapping) else (None, "")
+        if not isinstance(content, str) or not isinstance(session, str):
+            raise ValueError("it is no object of strings")
         content.encode()
     except (ValueError, KeyError, RecursionError) as error:
         raise BundleError(
             'the message is no JSON object with a string as its "content". Fix: ask the sender for a valid message.'
         ) from error
-    return text_context(content)
+    return content, session
 
 
 def message_from_context(

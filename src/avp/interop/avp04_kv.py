@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
 
@@ -21,6 +21,7 @@ from avp.identity import CacheLayout, LayerLayout, ModelIdentity
 from avp.interop.avp04 import Frame, check_size
 from avp.interop.avp04_proto import DataType
 from avp.manifest import Limits
+from avp.segment import Segment
 
 KV_DTYPES: Mapping[str, DataType] = MappingProxyType(
     {each.label: each for each in (DataType.FLOAT32, DataType.FLOAT16, DataType.BFLOAT16)}
@@ -66,6 +67,27 @@ class Rows:
         offset = _SHAPE.size + (2 * layer + (part == "v")) * count * storage.itemsize
         whole = np.frombuffer(self.payload, storage, count, offset).reshape(self.shape.tensor)
         return Buffer(self.shape.dtype, whole[:, self.start : self.stop])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Copy:
+    """The KV of a segment in memory of its own: K and V of each layer."""
+
+    buffers: tuple[Buffer, ...]
+
+    def read(self, layer: int, part: str) -> Buffer:
+        return self.buffers[2 * layer + (part == "v")]
+
+
+def copied(context: Context, layers: int) -> Context:
+    """The context with each segment's KV in memory of its own: a segment that is kept then keeps no whole frame."""
+    names = [(layer, part) for layer in range(layers) for part in ("k", "v")]
+
+    def copy(segment: Segment) -> Segment:
+        buffers = (segment.read(layer, part) for layer, part in names)
+        return replace(segment, tensors=_Copy(tuple(Buffer(each.dtype, each.array.copy()) for each in buffers)))
+
+    return replace(context, segments=tuple(map(copy, context.segments)))
 
 
 def read_shape(frame: Frame, limits: Limits) -> Shape:

@@ -75,6 +75,14 @@ _SHAPE, _EXTRA = 9, 14
 _FIXED: Mapping[int, int] = MappingProxyType({1: 8, 5: 4})  # wire type -> bytes
 
 
+def check_metadata_size(size: int) -> None:
+    """Whether so many bytes of metadata are read; raises LimitExceeded."""
+    if size > METADATA_BYTES:
+        raise LimitExceeded(
+            f"the frame's metadata take {size} bytes; at most {METADATA_BYTES} are read. Fix: send less in extra."
+        )
+
+
 def parse_metadata(data: memoryview) -> Metadata:
     """The message in `data` (all of it).
 
@@ -82,10 +90,7 @@ def parse_metadata(data: memoryview) -> Metadata:
         TruncatedBundle: a field ends beyond the data. LimitExceeded: more than `METADATA_BYTES`.
         UnsupportedBundle: an unknown payload type, dtype or mode. BundleError: no such message.
     """
-    if len(data) > METADATA_BYTES:
-        raise LimitExceeded(
-            f"the frame's metadata take {len(data)} bytes; at most {METADATA_BYTES} are read. Fix: send less in extra."
-        )
+    check_metadata_size(len(data))
     strings: dict[int, str] = {}
     numbers: dict[int, int] = {}
     shape: list[int] = []

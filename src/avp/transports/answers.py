@@ -32,12 +32,15 @@ async def answers(
     except AVPError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, the server lives on
-        frames = traceback.extract_tb(error.__traceback__)[-5:]
-        place = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-        log.error("%.40s failed: %s at %s", ascii(verb)[1:-1], type(error).__name__, place)
-        raise ConnectionFailed(
-            "the other end failed at this call by a fault of its own. Fix: look at its log."
-        ) from None
+        raise fault(verb, error) from None
+
+
+def fault(verb: str, error: Exception) -> ConnectionFailed:
+    """What the caller of a verb is told of a fault of ours; the log has where."""
+    frames = traceback.extract_tb(error.__traceback__)[-5:]
+    place = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+    log.error("%.40s failed: %s at %s", ascii(verb)[1:-1], type(error).__name__, place)
+    return ConnectionFailed("the other end failed at this call by a fault of its own. Fix: look at its log.")
 
 
 async def read_answer(answer: AsyncIterator[Item], *, sender: Task[None]) -> AsyncIterator[Item]:
