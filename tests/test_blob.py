@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from avp.blob import Blob, open_blob, open_bundle, open_shared, seal
+from avp.blob import Blob, is_sealed_quickly, open_blob, open_bundle, open_shared, seal
 from avp.bundle import header_size, peek
 from avp.context import Context, text_context
 from avp.errors import BundleError, DigestMismatch, LimitExceeded, TruncatedBundle, UnsupportedBundle, UsageError
@@ -220,6 +220,16 @@ def test_a_flipped_byte_of_the_header_is_refused_or_changes_no_kv() -> None:
                 continue
             assert segment_bytes(found.segment, 1) == segment_bytes(written, 1)
             assert (found.segment.tokens, found.segment.pages) == (written.tokens, written.pages)
+
+
+def test_a_segment_in_shared_memory_is_sealed_as_the_same_bytes_and_the_second_time_quickly() -> None:
+    for segment in shared(CONTEXT, capacity=600).segments:
+        assert not is_sealed_quickly(segment, "raw")
+        first = seal(_model(CONTEXT), segment)
+        assert _joined(first) == bundle_of(CONTEXT, CONTEXT.segments[segment.start // 256])
+        assert is_sealed_quickly(segment, "raw")
+        assert not is_sealed_quickly(segment, "lossless")
+        assert _joined(seal(_model(CONTEXT), segment)) == _joined(first)
 
 
 def test_a_blob_that_was_sealed_here_is_right() -> None:

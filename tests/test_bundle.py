@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from avp.buffers import Buffer
-from avp.bundle import bundle_size, header_size, peek, tensor_sizes
+from avp.bundle import header_size, peek, read_head, tensor_sizes
 from avp.context import Context, Turn, text_context
 from avp.errors import BundleError, DigestMismatch, LimitExceeded, TruncatedBundle, UnsupportedBundle, UsageError
 from avp.identity import LayerLayout
@@ -331,16 +331,16 @@ def test_a_segment_alone_is_no_context_but_its_head_can_be_read() -> None:
         Context.from_bytes(data)
     head = data[: header_size(data[:8])]
     assert (peek(head).kind, peek(head).tokens) == ("segment", tuple(range(256, 300)))
-    assert bundle_size(head, limits=Limits()) == len(data)
+    assert read_head(head, limits=Limits()).total == len(data)
     assert list(tensor_sizes(head)) == [f"0/{layer}/{part}" for layer in (0, 1) for part in "kv"]
 
 
 def test_a_head_that_announces_more_bytes_than_the_limit_is_refused() -> None:
     data = synthetic_context(tokens=300).to_bytes()
     head = data[: header_size(data[:8])]
-    assert bundle_size(head, limits=Limits(bytes=len(data))) == len(data)
+    assert read_head(head, limits=Limits(bytes=len(data))).total == len(data)
     with pytest.raises(LimitExceeded, match=rf"a bundle of {len(data)} bytes comes; .* Fix: raise Limits\.bytes"):
-        bundle_size(head, limits=Limits(bytes=len(data) - 1))
+        read_head(head, limits=Limits(bytes=len(data) - 1))
 
 
 # --- writing what cannot be written

@@ -244,3 +244,38 @@ def _mapped(inode: int) -> bool:
     """Whether this process maps the memory file of that inode."""
     rows = [row.split() for row in Path("/proc/self/maps").read_text().splitlines()]
     return any("avp-kv" in row[5] for row in rows if len(row) > 5 and row[4] == str(inode))
+
+
+# --- digests
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_digests_are_those_of_each_tensor_in_order_whatever_the_layers_shapes(dtype: str) -> None:
+    layers = (LayerLayout(2, 4), LayerLayout(2, 4), LayerLayout(1, 6, window=16), LayerLayout(2, 4), LayerLayout(2, 8))
+    layout, capacity = CacheLayout(layers), 70
+    whole = SharedTensors.of(MemoryFile.create(arena_bytes(layout, dtype, capacity)), layout, dtype, capacity, 0, 70)
+    fill_arena(whole, seed=3)
+    for start, stop in ((0, 70), (3, 40), (69, 70)):
+        tensors = _part(whole, start, stop)
+        assert tensors.hash().hex() == "".join(_digests(tensors))
+
+
+def test_tensors_larger_than_what_is_gathered_at_once_are_hashed_whole() -> None:
+    layout, capacity = CacheLayout((LayerLayout(3, 512),) * 2), 500
+    whole = SharedTensors.of(
+        MemoryFile.create(arena_bytes(layout, "float32", capacity)), layout, "float32", 500, 0, 500
+    )
+    fill_arena(whole, seed=4)
+    assert whole.hash().hex() == "".join(_digests(whole))
+
+
+def test_digests_are_computed_once_for_all_who_show_the_same_positions() -> None:
+    whole = _whole()
+    first = _part(whole, 3, 40)
+    assert not first.hashed
+    known = first.digests
+    assert _part(whole, 3, 40).hashed
+    assert not _part(whole, 3, 39).hashed
+    fill_arena(whole, seed=2)
+    assert _part(whole, 3, 40).digests == known
+    assert _part(whole, 3, 40).hash() != known

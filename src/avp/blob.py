@@ -8,13 +8,13 @@ import numpy as np
 
 from avp import registry
 from avp.bundle import (
-    bundle_size,
-    digest_of,
     encode_segment,
+    frame_header,
     header_size,
     make_header,
     peek,
     read,
+    read_head,
     to_context,
     to_segment,
     verify_segment,
@@ -22,9 +22,10 @@ from avp.bundle import (
 from avp.context import Context
 from avp.errors import BundleError, DigestMismatch
 from avp.identity import ModelIdentity
-from avp.manifest import Limits, Manifest, SegmentEntry
+from avp.manifest import Limits, Manifest, SegmentEntry, manifest_to_json
 from avp.segment import Exactness, Segment
 from avp.shared import SharedTensors
+from avp.table import Head, header_text, implied_parts, part_bounds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +69,7 @@ class Blob:
         return self
 
 
-_ANY = Limits(header=2**62)
+_ANY = Limits(header=2**62, tensors=2**62)
 
 
 def seal(model: ModelIdentity, segment: Segment, *, codec: str = "raw") -> Blob:
@@ -79,27 +80,56 @@ def seal(model: ModelIdentity, segment: Segment, *, codec: str = "raw") -> Blob:
         UsageError: no such codec, or it does not take this dtype.
     """
     how = registry.codec(codec)
+    if how.name == "raw" and isinstance(segment.tensors, SharedTensors):
+        entry = _entry(segment, how.name, segment.tensors.digests)
+        return Blob(model, entry, segment, memoryview(_header(model, segment, entry)), None)
     entry, named = encode_segment(segment, len(model.layout.layers), how)
     header = memoryview(make_header(_manifest(model, segment, entry), [(f"0{name}", buffer) for name, buffer in named]))
-    if entry.codec == "raw" and isinstance(segment.tensors, SharedTensors):
-        return Blob(model, entry, segment, header, None)
     runs = tuple(run for _, buffer in named for run in buffer.runs())
     if how.exactness is Exactness.EXACT:
         return Blob(model, entry, segment, header, runs)
     return open_blob(b"".join((header, *runs)), limits=_ANY)
 
 
+def is_sealed_quickly(segment: Segment, codec: str) -> bool:
+    """Whether `seal` has no tensor to look at."""
+    return codec == "raw" and isinstance(segment.tensors, SharedTensors) and segment.tensors.hashed
+
+
+def _entry(segment: Segment, codec: str, digests: bytes) -> SegmentEntry:
+    """What the manifest says of a segment whose codec loses nothing."""
+    return SegmentEntry(
+        segment.start,
+        len(segment),
+        segment.parent,
+        segment.pages,
+        codec,
+        segment.dtype,
+        segment.engine,
+        segment.exactness,
+        digests,
+    )
+
+
+def _header(model: ModelIdentity, segment: Segment, entry: SegmentEntry) -> bytes:
+    """The header of a segment, without a look at its tensors."""
+    manifest = _manifest(model, segment, entry)
+    names, parts = implied_parts(manifest, _ANY)
+    return frame_header(header_text(manifest_to_json(manifest), names, parts, part_bounds(parts)))
+
+
 def _manifest(model: ModelIdentity, segment: Segment, entry: SegmentEntry) -> Manifest:
     return Manifest("segment", model, segment.tokens, len(segment), (), {}, entry.exactness, (entry,), None)
 
 
-def open_bundle(data: bytes | bytearray | memoryview, *, limits: Limits) -> Blob | Context:
-    """What a whole bundle is: a blob, whose tensors are not checked yet, or a context, all of it checked.
+def open_bundle(data: bytes | bytearray | memoryview, *, limits: Limits, head: Head | None = None) -> Blob | Context:
+    """What a whole bundle is: a blob, whose tensors are not checked yet, or a context, all of it checked. `head`: its
+    header, if it was read before.
 
     Raises:
         BundleError: see `avp.bundle.unpack`.
     """
-    manifest, segments, hidden = read(data, limits=limits)
+    manifest, segments, hidden = read(data, limits=limits, head=head)
     if manifest.kind != "segment":
         return to_context(manifest, segments, hidden, verify="now")
     if manifest.model is None:
@@ -109,9 +139,9 @@ def open_bundle(data: bytes | bytearray | memoryview, *, limits: Limits) -> Blob
     return Blob(manifest.model, manifest.segments[0], segments[0], view[:size], (view[size:],))
 
 
-def open_blob(data: bytes | bytearray | memoryview, *, limits: Limits) -> Blob:
+def open_blob(data: bytes | bytearray | memoryview, *, limits: Limits, head: Head | None = None) -> Blob:
     """As `open_bundle`, where only a blob will do."""
-    found = open_bundle(data, limits=limits)
+    found = open_bundle(data, limits=limits, head=head)
     if isinstance(found, Context):
         raise BundleError(f"a context of kind {found.kind} came where a segment was due. Fix: send segments.")
     return found
@@ -139,13 +169,13 @@ def open_shared(header: bytes | memoryview, tensors: SharedTensors, *, limits: L
 
 
 def _verify_shared(tensors: SharedTensors, entry: SegmentEntry) -> None:
-    names = [(layer, part) for layer in range(len(tensors.layout.layers)) for part in ("k", "v")]
-    for index, (layer, part) in enumerate(names):
-        if digest_of(tensors.read(layer, part)) != entry.digests[16 * index : 16 * index + 16]:
-            raise DigestMismatch(
-                f"{'K' if part == 'k' else 'V'} of layer {layer} in shared memory is not what was written "
-                "(xxh3-128 differs). Nothing of it was used. Fix: hand the context over again."
-            )
+    digests = tensors.hash()
+    if digests != entry.digests:
+        index = next(i for i in range(0, len(digests), 16) if digests[i : i + 16] != entry.digests[i : i + 16]) // 16
+        raise DigestMismatch(
+            f"{'V' if index % 2 else 'K'} of layer {index // 2} in shared memory is not what was written "
+            "(xxh3-128 differs). Nothing of it was used. Fix: hand the context over again."
+        )
 
 
 class BundleReader:
@@ -155,6 +185,7 @@ class BundleReader:
         self._limits = limits
         self._head = bytearray()
         self._memory: memoryview | None = None  # the whole bundle, once its size is known
+        self.head: Head | None = None  # of the bundle that came last
         self._filled = 0
 
     @property
@@ -188,8 +219,8 @@ class BundleReader:
             piece = piece[taken:]
             if len(self._head) < need:
                 return piece
-        size = bundle_size(self._head, limits=self._limits)
-        self._memory = memoryview(np.empty(size, np.uint8)).cast("B")  # type: ignore[arg-type]
+        self.head = read_head(self._head, limits=self._limits)
+        self._memory = memoryview(np.empty(self.head.total, np.uint8)).cast("B")  # type: ignore[arg-type]
         self._memory[: len(self._head)] = self._head
         self._filled = len(self._head)
         self._head = bytearray()

@@ -27,6 +27,7 @@ from avp.protocols import Codec, Tensors
 from avp.segment import Segment, worst
 from avp.table import (
     OPENING,
+    Head,
     check_table,
     find_codec,
     header_text,
@@ -39,6 +40,7 @@ from avp.table import (
 __all__ = ["Limits", "Manifest", "load", "pack", "peek", "unpack", "write"]
 
 _RAISE = "Fix: raise Limits.bytes, or send smaller segments."
+_JSON = json.JSONDecoder()
 _ALIGN = 64  # the header is padded so that tensors start on a cache line
 
 
@@ -125,7 +127,12 @@ def encode_segment(segment: Segment, layers: int, codec: Codec) -> tuple[Segment
 def make_header(manifest: Manifest, named: list[tuple[str, Buffer]]) -> bytes:
     """The first bytes of a bundle: length, JSON, padding."""
     parts = written_parts([buffer for _, buffer in named])
-    text = header_text(manifest_to_json(manifest), [name for name, _ in named], parts, part_bounds(parts)).encode()
+    return frame_header(header_text(manifest_to_json(manifest), [name for name, _ in named], parts, part_bounds(parts)))
+
+
+def frame_header(header: str) -> bytes:
+    """The JSON of a header between its length and its padding."""
+    text = header.encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
     return struct.pack("<Q", len(text)) + text
 
@@ -212,18 +219,20 @@ def to_context(manifest: Manifest, segments: tuple[Segment, ...], hidden: Buffer
 
 
 def read(
-    data: bytes | bytearray | memoryview, *, limits: Limits
+    data: bytes | bytearray | memoryview, *, limits: Limits, head: Head | None = None
 ) -> tuple[Manifest, tuple[Segment, ...], Buffer | None]:
     """What a whole bundle of any kind holds, as views of `data`; tensors are checked at their first use, hidden states
-    here. Raises as `unpack`.
+    here. `head`: its header, if it was read before. Raises as `unpack`.
     """
     view = memoryview(data).toreadonly().cast("B")
     if len(view) > limits.bytes:
         raise LimitExceeded(
             f"the bundle has {len(view)} bytes; at most {limits.bytes} are allowed. Fix: raise Limits.bytes."
         )
-    size = header_size(view, limits=limits)
-    manifest, bounds = _read_header(view, size, limits)
+    if head is None:
+        size = header_size(view, limits=limits)
+        head = Head(size, *_read_header(view, size, limits))
+    size, manifest, bounds = head
     end = bounds[-1]
     if len(view) - size != end:
         error = TruncatedBundle if len(view) - size < end else BundleError
@@ -234,18 +243,18 @@ def read(
     return manifest, *_read_tensors(view[size:], manifest, bounds)
 
 
-def bundle_size(head: bytes | bytearray | memoryview, *, limits: Limits) -> int:
-    """Bytes of the whole bundle, told by its header.
+def read_head(data: bytes | bytearray | memoryview, *, limits: Limits) -> Head:
+    """The header of a bundle, from its first bytes.
 
     Raises:
-        LimitExceeded: more than `limits.bytes`. Else as `unpack`.
+        LimitExceeded: the whole has more bytes than `limits.bytes`. Else as `unpack`.
     """
-    view = memoryview(head).cast("B")
+    view = memoryview(data).cast("B")
     size = header_size(view, limits=limits)
-    total = size + _read_header(view, size, limits)[1][-1]
-    if total > limits.bytes:
-        raise LimitExceeded(f"a bundle of {total} bytes comes; at most {limits.bytes} are allowed. {_RAISE}")
-    return total
+    head = Head(size, *_read_header(view, size, limits))
+    if head.total > limits.bytes:
+        raise LimitExceeded(f"a bundle of {head.total} bytes comes; at most {limits.bytes} are allowed. {_RAISE}")
+    return head
 
 
 def verify_segment(segment: Segment) -> None:
@@ -281,7 +290,7 @@ def _read_own(raw: bytes, limits: Limits) -> tuple[Manifest, list[int]] | None:
         return None
     try:
         text = raw.decode()
-        manifest_text, _ = json.JSONDecoder().raw_decode(text, len(OPENING))
+        manifest_text, _ = _JSON.raw_decode(text, len(OPENING))
     except ValueError:
         return None
     manifest = _manifest(manifest_text, limits)

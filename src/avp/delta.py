@@ -10,13 +10,15 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import xxhash
+
 from avp import registry
-from avp.blob import Blob, seal
+from avp.blob import Blob, is_sealed_quickly, seal
 from avp.buffers import STORAGE
 from avp.context import Context, Turn
 from avp.errors import BundleError, UsageError
 from avp.handshake import Agreement, Hello
-from avp.identity import ModelIdentity
+from avp.identity import ModelIdentity, canonical_json
 from avp.protocols import Event, Store
 from avp.security import Tenant
 from avp.segment import LATENT, PAGE, Exactness, Segment, Want, page_ids, root_page, with_salt, worst
@@ -146,8 +148,17 @@ def outline_to_items(given: Outline) -> tuple[Event, Context]:
         "pages": list(given.pages) if latent else None,
         "grades": [[each.page, each.exactness.label, each.engine, each.dtype] for each in given.grades],
         "tokens": given.count,
+        "digest": _digest(given.skeleton),
     }
     return event, given.skeleton
+
+
+def _digest(skeleton: Context) -> str:
+    """xxh3-128 of all that is told of a context and that neither page ids nor digests of tensors cover."""
+    named = 0 if LATENT in skeleton.tokens else len(skeleton)  # positions whose ids the page ids cover
+    turns = [[dict(turn.message), turn.opaque and list(turn.opaque)] for turn in skeleton.turns]
+    told = [turns, dict(skeleton.template), list(skeleton.tokens[named:]), len(skeleton)]
+    return xxhash.xxh3_128_hexdigest(canonical_json(told).encode())
 
 
 def outline_from_items(event: Event, skeleton: object, *, salt: bytes) -> Outline:
@@ -161,6 +172,8 @@ def outline_from_items(event: Event, skeleton: object, *, salt: bytes) -> Outlin
     known = event.get("tokens")
     if type(known) is not int or known < 0 or (skeleton.kind != "text" and known != len(skeleton.tokens)):
         raise BundleError(f"an outline does not say of how many tokens it is, or of other ones. {_ASK}")
+    if event.get("digest") != _digest(skeleton):
+        raise BundleError(f"an outline came whose messages or ids are not those that were sent. {_ASK}")
     if skeleton.kind != "kv" or skeleton.model is None:
         return Outline(skeleton, (), (), known)
     tokens = skeleton.tokens[: len(skeleton)]
@@ -343,12 +356,18 @@ async def sealed(model: ModelIdentity, segments: list[Segment], codec: str) -> A
         for segment in [*segments, None]:
             done, ahead = ahead, None
             if segment is not None:
-                ahead = asyncio.create_task(asyncio.to_thread(_seal, model, segment, codec))
+                ahead = asyncio.create_task(_sealing(model, segment, codec))
             if done is not None:
                 yield await done
     finally:
         if ahead is not None:
             await asyncio.gather(ahead, return_exceptions=True)
+
+
+async def _sealing(model: ModelIdentity, segment: Segment, codec: str) -> Blob:
+    if is_sealed_quickly(segment, codec):  # sooner than a thread takes it up
+        return _seal(model, segment, codec)
+    return await asyncio.to_thread(_seal, model, segment, codec)
 
 
 def _seal(model: ModelIdentity, segment: Segment, codec: str) -> Blob:

@@ -118,7 +118,7 @@ def parse_json(raw: bytes, limits: Limits) -> dict[str, object]:
             f"the header holds more lists and objects than {limits.tensors} tensors need. Fix: raise Limits.tensors."
         )
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = _JSON.decode(raw.decode())
         if b"\\u" in raw:  # only an escape can smuggle half a surrogate pair past UTF-8
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -153,6 +153,9 @@ def _finite(digits: str) -> float:
 
 def _no_constant(name: str) -> object:
     raise BundleError(f"the header holds {name}, which is not JSON. {_ASK}")
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 
 
 def parse_manifest(value: Mapping[str, object], limits: Limits) -> Manifest:
@@ -310,7 +313,7 @@ def _segments(
     if not isinstance(value, list) or (value and model is None) or (shift and len(value) != 1):
         raise BundleError(f"the manifest's segments are no list, belong to no model, or are not just one. {_ASK}")
     entries: list[SegmentEntry] = []
-    stop, parent = 0, root_page(model) if model is not None else ""
+    stop, parent = 0, root_page(model) if model is not None and not shift else ""
     for item in value:
         entry = _segment(item, len(tokens), shift)
         if entry.start < stop:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import distributions, entry_points
 from typing import TYPE_CHECKING, cast
 
 from avp.errors import MissingExtra, UsageError
@@ -17,11 +18,15 @@ _EXTRAS = (
     ("transformers", "hf"),
     ("gguf", "hf"),
     ("jinja2", "hf"),
+    ("llama_cpp", "llamacpp"),
+    ("httpx2", "http"),
     ("zstandard", "zstd"),
     ("click", "cli"),
     ("rich", "cli"),
+    ("anyio", "http"),
+    ("httpcore2", "http"),
+    ("hypercorn", "http"),
     ("h2", "http"),
-    ("hpack", "http"),
     ("starlette", "http"),
     ("uvicorn", "http"),
     ("httptools", "http"),
@@ -35,7 +40,13 @@ _EXTRAS = (
 
 def names(group: str) -> tuple[str, ...]:
     """Names registered under `group` ("avp.codecs", "avp.projections", "avp.connectors"), sorted."""
-    return tuple(sorted({point.name for point in entry_points(group=group)}))
+    return _names(group, tuple(sys.path))
+
+
+@cache  # to read all that is installed takes longer than most hand-overs
+def _names(group: str, path: tuple[str, ...]) -> tuple[str, ...]:
+    found = distributions(path=list(path))
+    return tuple(sorted({point.name for each in found for point in each.entry_points if point.group == group}))
 
 
 def missing_extra(error: ImportError, *, feature: str) -> MissingExtra:

@@ -293,8 +293,8 @@ def _sizes(context: Context, name: str) -> dict[str, int]:
         return {name: context.nbytes}
     layout = context.model.layout
     return {
-        f"{page} {segment.dtype} {segment.engine} {segment.exactness}": layout.bytes_per_token(segment.dtype)
-        * min(PAGE, len(segment) - index * PAGE)
+        f"{page} {segment.dtype} {segment.engine} {segment.exactness}": size * min(PAGE, len(segment) - index * PAGE)
         for segment in context.segments
+        for size in [layout.bytes_per_token(segment.dtype)]
         for index, page in enumerate(segment.pages)
     }

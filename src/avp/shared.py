@@ -13,11 +13,16 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
+import numpy.typing as npt
+import xxhash
 
 from avp.buffers import STORAGE, Buffer, itemsize
 from avp.identity import CacheLayout
+
+_GATHERED = 1 << 20  # bytes that are copied together before they are hashed: other threads run meanwhile
 
 
 class MemoryFile:
@@ -25,6 +30,7 @@ class MemoryFile:
 
     def __init__(self, fd: int, size: int, path: str) -> None:
         self.fd, self.size, self.path = fd, size, path
+        self.digests: dict[tuple[str, int, int, int], bytes] = {}  # of positions that were hashed: they never change
 
     @classmethod
     def create(cls, size: int) -> MemoryFile:
@@ -106,3 +112,49 @@ class SharedTensors:
         offset = self.offsets[layer][part == "v"]
         rows = np.ndarray(shape, dtype=STORAGE[self.dtype], buffer=self.file.view, offset=offset)
         return Buffer(self.dtype, rows[:, self.start : self.stop])
+
+    @property
+    def digests(self) -> bytes:
+        """xxh3-128 of K and of V, layer by layer; computed at the first asking, for all who show these positions."""
+        found = self.file.digests.get(self._key)
+        return self.hash() if found is None else found
+
+    @property
+    def hashed(self) -> bool:
+        """Whether the digests are known."""
+        return self._key in self.file.digests
+
+    def hash(self) -> bytes:
+        """The digests of what lies there now."""
+        digests: list[bytes] = []
+        for tensors in self._blocks():
+            at_once = max(1, _GATHERED // tensors[0].nbytes)
+            scratch = np.empty((at_once, *tensors.shape[1:]), tensors.dtype)
+            for first in range(0, len(tensors), at_once):
+                count = min(at_once, len(tensors) - first)
+                np.copyto(scratch[:count], tensors[first : first + count])
+                digests += [_digest(each) for each in scratch[:count]]
+        found = self.file.digests[self._key] = b"".join(digests)
+        return found
+
+    def _blocks(self) -> Iterator[npt.NDArray[np.generic]]:
+        """Neighbouring layers of one shape as one array, [2 * layers, kv_heads, stop - start, head_dim], a view."""
+        first = 0
+        for (heads, dim), layers in groupby(self.layout.layers, key=lambda layer: (layer.kv_heads, layer.head_dim)):
+            count = len(list(layers))
+            shape = (2 * count, heads, self.capacity, dim)
+            rows = np.ndarray(shape, STORAGE[self.dtype], buffer=self.file.view, offset=self.offsets[first][0])
+            yield rows[:, :, self.start : self.stop]
+            first += count
+
+    @property
+    def _key(self) -> tuple[str, int, int, int]:
+        return self.dtype, self.capacity, self.start, self.stop
+
+
+def _digest(tensor: npt.NDArray[np.generic]) -> bytes:
+    """xxh3-128 of a contiguous tensor, head by head: for such short runs a thread does not give way to others."""
+    hasher = xxhash.xxh3_128()
+    for head in tensor:
+        hasher.update(head.data)
+    return hasher.digest()

@@ -40,6 +40,19 @@ class Part(NamedTuple):
     text: str
 
 
+class Head(NamedTuple):
+    """The first bytes of a bundle: how many they are, what they say, and where tensors begin and end behind them."""
+
+    size: int
+    manifest: Manifest
+    bounds: list[int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole bundle."""
+        return self.size + self.bounds[-1]
+
+
 def find_codec(name: str) -> Codec:
     """The codec that a manifest names.
 

@@ -106,7 +106,7 @@ class Decoder:
             if memory is None:
                 return None, piece
             self._kind = b""
-            return open_bundle(memory, limits=self._limits), piece
+            return open_bundle(memory, limits=self._limits, head=self._bundles.head), piece
         piece, event = self._read_event(piece)
         return event, piece
 

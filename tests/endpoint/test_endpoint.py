@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -14,10 +15,13 @@ from avp.agent import Agent
 from avp.blob import seal
 from avp.context import Context, text_context
 from avp.delta import outline, outline_to_items
-from avp.errors import AccessDenied, AVPError, BundleError, HandleExpired, UsageError
+from avp.errors import AccessDenied, AVPError, BundleError, HandleExpired, LimitExceeded, TimedOut, UsageError
 from avp.protocols import Item
 from avp.security import Caller, Security, Tenant
 from avp.segment import Want
+from avp.session import Quota
+from avp.testing import synthetic_context
+from avp.wire import Decoder
 
 from .callers import ANNA, BERT, announce, ask, event_of, hello_of, shake
 from .peers import IDS, connector, positions, run, tapped
@@ -108,10 +112,44 @@ def test_room_that_was_reserved_for_what_never_comes_is_given_back(
     run(scenario())
 
 
+def test_a_segment_that_does_not_come_in_time_ends_the_hand_over_and_frees_its_room(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        reply, blobs = await announce(agent, context)
+        assert agent.endpoint.desk.handles.memory() == context.nbytes
+
+        async def stalls() -> AsyncIterator[Item]:
+            yield {"transfer": reply["transfer"]}
+            yield blobs[0]
+            await asyncio.Event().wait()
+
+        answer = agent.endpoint.answer("receive", stalls(), caller=Caller())
+        with pytest.raises(TimedOut, match="no whole event or segment came within"):
+            await anext(answer)
+        assert agent.endpoint.desk.handles.memory() == 0
+        assert "receive by tenant '' at in-process was refused: TimedOut" in caplog.text
+
+    context = connector(0).prefill(IDS)
+    monkeypatch.setattr("avp.endpoint.receiving._PATIENCE", 0.1)
+    run(scenario())
+
+
+def test_a_segment_larger_than_all_that_is_kept_is_refused_by_its_header() -> None:
+    large = synthetic_context(layers=1, kv_heads=8, tokens=256, head_dim=2048, dtype="float32")
+    assert large.model is not None
+    head = bytes(seal(large.model, large.segments[0]).header)
+    with Agent(name="small", quota=Quota(memory=1 << 24)) as small, Agent(name="large") as other:
+        with pytest.raises(LimitExceeded, match=r"Limits\.bytes"):
+            list(Decoder(small.endpoint.limits).feed(b"B" + head))
+        assert list(Decoder(other.endpoint.limits).feed(b"B" + head)) == []  # its tensors are awaited
+
+
 def test_another_kind_or_other_weights_than_were_agreed_are_refused(agent: Agent) -> None:
     async def scenario() -> None:
         event = await shake(agent, hello_of(context))
-        about, skeleton = outline_to_items(outline(context, "kv", salt=b"")[0])
+        given, _ = outline(context, "kv", salt=b"")
+        skeleton = given.skeleton
         other = connector(seed=1).prefill(IDS)
         wrong = [
             ("kind text came where kv", text_context("a")),
@@ -119,6 +157,7 @@ def test_another_kind_or_other_weights_than_were_agreed_are_refused(agent: Agent
             ("other weights", replace(skeleton, model=other.model)),
         ]
         for why, came in wrong:
+            about, _ = outline_to_items(replace(given, skeleton=came))
             with pytest.raises(BundleError, match=why):
                 await ask(agent, "have", {**about, "session": event["session"]}, came)
 

@@ -102,7 +102,7 @@ def command(model: str, only: str, text: Path | None, peer: bool, out: Path | No
     figures: list[Figure] = []
     for figure in measure(plan, load=_load, tell=lambda line: console.print(line, markup=False, highlight=False)):
         figures.append(figure)
-        console.print(f"  {figure.name}: {_words(figure)}", markup=False, highlight=False)
+        console.print(f"  {figure.name}: {words(figure)}", markup=False, highlight=False)
     found = document(figures, plan)
     if out is not None:
         from avp.bench.perf_plot import plot_perf
@@ -112,14 +112,15 @@ def command(model: str, only: str, text: Path | None, peer: bool, out: Path | No
     if as_json:
         write_json(found, None, echo=click.echo)
     else:
-        _print_table(figures)
+        print_table(figures)
 
 
 def _load(model: str, dtype: str) -> HuggingFaceConnector:
     return HuggingFaceConnector.from_pretrained(model, dtype=dtype)
 
 
-def _words(figure: Figure) -> str:
+def words(figure: Figure) -> str:
+    """A figure in a line, while others are measured."""
     if figure.value is None:
         return f"not measured: {figure.not_measured}"
     return f"{figure.value:.3g} (target {_limit(figure) or 'none'}; {_spread(figure)})"
@@ -135,7 +136,8 @@ def _spread(figure: Figure) -> str:
     return f"n = {len(figure.ratios)}" + (f", {low:.3g} to {high:.3g}" if len(figure.ratios) > 1 else "")
 
 
-def _print_table(figures: Sequence[Figure]) -> None:
+def print_table(figures: Sequence[Figure]) -> None:
+    """All figures, for people."""
     from rich.console import Console
     from rich.table import Table
 

@@ -68,19 +68,19 @@ def _step(step: str, path: Path, shape: Shape) -> dict[str, int]:
 
 
 def _growth(call: Callable[[], object]) -> dict[str, int]:
-    before = _status()
+    before = status()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     private = [before["RssAnon"]]
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.001):
-            private.append(_status()["RssAnon"])
+            private.append(status()["RssAnon"])
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     kept = call()
-    after = _status()
+    after = status()
     done.set()
     watcher.join()
     del kept
@@ -91,7 +91,8 @@ def _growth(call: Callable[[], object]) -> dict[str, int]:
     }
 
 
-def _status() -> dict[str, int]:
+def status() -> dict[str, int]:
+    """Bytes of this process's memory, by the names of /proc/self/status."""
     text = Path("/proc/self/status").read_text()
     return {name: int(kb) * 1024 for name, kb in re.findall(r"^(Vm\w+|Rss\w+):\s+(\d+) kB", text, re.MULTILINE)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from avp.bench import chain, latent, perf
+from avp.bench import chain, latent, net, perf
 
 
 @click.group()
@@ -15,3 +15,4 @@ def bench() -> None:
 bench.add_command(chain.command, "chain")
 bench.add_command(latent.command, "latent")
 bench.add_command(perf.command, "perf")
+bench.add_command(net.command, "net")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from avp.direct import ended
 from avp.endpoint.desk import Desk, Pull, Rules, first_event, text, timely
@@ -19,6 +20,7 @@ from avp.security import Caller
 
 __all__ = ["AgentEndpoint", "Rules", "without_salt"]
 _log = logging.getLogger("avp")
+_SMALL = 1 << 24  # bytes of an item that any endpoint takes: a probe has 8 MiB
 
 
 class AgentEndpoint:
@@ -43,8 +45,9 @@ class AgentEndpoint:
 
     @property
     def limits(self) -> Limits:
-        """What may be read from a caller."""
-        return self.desk.rules.limits
+        """What may be read from a caller: no item larger than all that is kept here, whatever it is."""
+        limits, quota = self.desk.rules.limits, self.desk.rules.quota
+        return replace(limits, bytes=min(limits.bytes, max(quota.memory, _SMALL)))
 
     def admit(self, token: str | None, *, address: str) -> Caller:
         """Who calls; raises AccessDenied."""

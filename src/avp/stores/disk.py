@@ -24,6 +24,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from avp.blob import Blob, open_blob
+from avp.bundle import read_head
 from avp.errors import BundleError, MissingExtra, StoreFailed, UnsupportedBundle, UsageError
 from avp.folders import cache_dir
 from avp.manifest import Limits
@@ -33,10 +34,12 @@ from avp.stores import index
 from avp.stores.files import map_file, size_of, sync_folder, translated, write_scratch
 from avp.stores.rows import Row, describe, is_whole, missing, open_row, tenant_key, too_large, usable
 from avp.stores.settings import GIB, Settings
+from avp.table import Head
 
 Result = TypeVar("Result")
 BUDGET = 20 * GIB
 LEFTOVER_SECONDS = 3600  # a file in tmp/ that is older belongs to nobody
+_HEADS = 1024  # headers that are kept as they were read
 _NOTED = 128  # uses that are noted in one transaction, at the latest after so many seconds:
 _NOTE_SECONDS = 5.0
 
@@ -65,6 +68,7 @@ class DiskStore:
         self._named: set[str] = set()  # tenants whose name is on the disk
         self._made: set[Path] = set()  # folders of segments that are on the disk themselves
         self._mutex = Lock()
+        self._heads: dict[tuple[str, str], Head] = {}  # of segments that were read: their files are mapped, no more
         self._uses: dict[str, float] = {}  # not noted in the index yet: key -> when
         with translated(self.folder):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -182,7 +186,14 @@ class DiskStore:
             data = map_file(self._path(row))
         except FileNotFoundError as error:
             raise _GoneError from error
-        return open_row(data, row, limits=self.limits)
+        name = row.key, row.header
+        head = self._heads.get(name) or read_head(data, limits=self.limits)
+        blob = open_row(data, row, limits=self.limits, head=head)
+        with self._mutex:
+            self._heads[name] = head
+            while len(self._heads) > _HEADS:
+                del self._heads[next(iter(self._heads))]
+        return blob
 
     def _touch(self, row: Row) -> None:
         now = self._clock()

@@ -15,6 +15,7 @@ from avp.identity import canonical_json
 from avp.manifest import Limits, SegmentEntry
 from avp.protocols import StoredSegment
 from avp.segment import Exactness, Want
+from avp.table import Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +78,14 @@ def _rank(row: Row, page: str, want: Want) -> tuple[Exactness, Exactness, int, f
     return want.grade(row.stored), row.stored.exactness, -beyond, -row.stored.used
 
 
-def open_row(data: bytes | memoryview, row: Row, *, limits: Limits) -> Blob:
-    """The blob that a store kept under `row`; its tensors are checked at their first use.
+def open_row(data: bytes | memoryview, row: Row, *, limits: Limits, head: Head | None = None) -> Blob:
+    """The blob that a store kept under `row`; its tensors are checked at their first use. `head`: what was read of this
+    header before.
 
     Raises:
         BundleError: the header is damaged, or is that of another segment.
     """
-    blob = open_blob(data, limits=limits)
+    blob = open_blob(data, limits=limits, head=head)
     if header_digest(blob) != row.header or segment_key(blob.entry, tenant=row.stored.tenant) != row.key:
         raise BundleError(
             f"the header of the stored segment {row.stored.page[:12]}… is not the one that was written. "

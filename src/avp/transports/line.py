@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterable, Callable
 from contextlib import suppress
 
+from avp.blob import Blob
 from avp.errors import AVPError, ConnectionFailed
 from avp.manifest import Limits
 from avp.protocols import Item, Meter
@@ -153,7 +154,7 @@ class Line:
                     await _readable(self._socket)
                     continue
                 self._meter.received += count
-                self._take(buffer[:count], fds)
+                await self._take(buffer[:count], fds)
                 if not count:
                     break
                 await asyncio.sleep(0)  # others run, however fast bytes come
@@ -165,7 +166,7 @@ class Line:
             self._deaf = True
             self._fail(_broken("it was closed"))
 
-    def _take(self, piece: memoryview, fds: list[int]) -> None:
+    async def _take(self, piece: memoryview, fds: list[int]) -> None:
         """Make items of what came. After an error nothing is looked at any more, yet read: so the end is noticed."""
         if self._error is not None:
             close_all(fds)
@@ -173,6 +174,9 @@ class Line:
         try:
             for got in self._inbox.feed(piece, fds):
                 self._receive(got)
+                if isinstance(got, Blob):
+                    self._changed.set()
+                    await asyncio.sleep(0)  # it is worked on while the next one is read
         except AVPError as error:
             self._inbox.close()
             self._fail(error)
