@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,7 @@ class MemoryFile:
     def __init__(self, fd: int, size: int, path: str) -> None:
         self.fd, self.size, self.path = fd, size, path
         self.digests: dict[tuple[str, int, int, int], bytes] = {}  # of positions that were hashed: they never change
+        weakref.finalize(self, _release, fd, path).atexit = not path.startswith("/proc/")  # else the system does it
 
     @classmethod
     def create(cls, size: int) -> MemoryFile:
@@ -60,10 +62,11 @@ class MemoryFile:
         """The bytes, read-only, mapped."""
         return memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
 
-    def __del__(self) -> None:
-        os.close(self.fd)
-        if not self.path.startswith("/proc/"):
-            os.unlink(self.path)
+
+def _release(fd: int, path: str) -> None:
+    os.close(fd)
+    if not path.startswith("/proc/"):
+        os.unlink(path)
 
 
 def arena_offsets(layout: CacheLayout, width: int, capacity: int) -> Iterator[tuple[int, int]]:

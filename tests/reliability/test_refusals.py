@@ -9,14 +9,12 @@ from urllib.parse import urlsplit
 import grpc.aio
 import pytest
 
-from avp.agent import Agent, serve_async
 from avp.context import text_context
 from avp.errors import AccessDenied, AVPError, Busy, HandleExpired, LimitExceeded
 from avp.manifest import Limits
 from avp.network import connect_async
 from avp.protocols import Item, Meter
 from avp.security import Security
-from avp.session import Quota
 from avp.transports import find, grpc_piece
 from avp.wire import encode_item
 
@@ -202,19 +200,20 @@ async def drip_unix(url: str) -> str:
 DRIPS = {"http": drip_http, "grpc": drip_grpc, "unix": drip_unix}
 
 
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("impatient")
+    with serving(folder, "--no-model", "--store", "memory:", "--idle", "1s", *listening(folder)) as started:
+        yield started
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_body_that_drips_is_ended_in_time(scheme: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Bytes come all the while, and yet no whole event in the time that the quota gives a caller."""
-
-    async def scenario() -> str:
-        url = f"unix:{tmp_path}/a.sock" if scheme == "unix" else f"{scheme}://127.0.0.1:0"
-        with Agent(name="guarded", quota=Quota(idle=0.5)) as agent:
-            async with await serve_async(agent, url) as server:
-                return await DRIPS[scheme](server.url)
-
-    started = monotonic()
-    assert run(scenario(), seconds=QUICKLY) == "TimedOut"
+def test_a_body_that_drips_is_ended_in_time(impatient: Server, scheme: str) -> None:
+    """Bytes come all the while, and yet no whole event in the time that a caller has."""
+    before, started = len(impatient.said()), monotonic()
+    assert run(DRIPS[scheme](impatient.urls[scheme]), seconds=QUICKLY) == "TimedOut"
     assert monotonic() - started < 0.05 * len(frame())  # it was not read to its end
-    assert "renew by tenant '' at" in caplog.text
-    assert "TimedOut" in caplog.text
-    assert "planner" not in caplog.text
+    added = impatient.said()[before:]
+    assert "renew by tenant '' at" in added
+    assert "TimedOut" in added
+    assert "planner" not in added

@@ -79,6 +79,14 @@ _TIME = _amount(MappingProxyType({"s": 1, "m": 60, "h": 3600, "d": 86400}))
     show_default=True,
     help="Life of a handle after its last use.",
 )
+@click.option(
+    "--idle",
+    metavar="TIME",
+    callback=_TIME,
+    default="30s",
+    show_default=True,
+    help="How long a caller may be silent within a call.",
+)
 @click.option("--running", type=click.IntRange(min=1), default=2, show_default=True, help="Generations at once.")
 @click.option("--waiting", type=click.IntRange(min=0), default=64, show_default=True, help="How many more may queue.")
 @click.option("--accept", type=CLASSES, default="exact", show_default=True, help="The worst class that it takes.")
@@ -123,6 +131,7 @@ def serve(
     memory: int,
     tenant_memory: int | None,
     ttl: int,
+    idle: int,
     running: int,
     waiting: int,
     accept: str,
@@ -155,7 +164,7 @@ def serve(
         name=name or ("keeper" if no_model else Path(model).name),
         store=store,
         accept=accept,
-        quota=Quota(memory, tenant_memory, ttl, running, waiting),
+        quota=Quota(memory, tenant_memory, ttl, running, waiting, idle=idle),
         security=security,
         peers=peers,
     )
