@@ -305,6 +305,8 @@ class Channel(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[Item]]:
         """Send the verb and the items; what the far end answers. Leaving the block early ends the call at both ends.
 
+        The answer may begin only when all items were sent, but a refusal does not wait for them: it ends the sending.
+
         Raises:
             AVPError: what the far end raised. ConnectionFailed: it could not be reached or broke off.
         """

@@ -139,6 +139,8 @@ async def _once(
             event = await anext(answer, None)
             if not isinstance(event, Mapping):
                 raise ConnectionFailed("receive was answered by no event. Fix: check that the other end speaks AVP.")
+            async for _ in answer:  # to its end, so that the connection serves the next call
+                pass
             return event
     finally:
         tally.add("send", started)

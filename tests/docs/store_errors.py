@@ -95,7 +95,7 @@ def a_bucket_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 LIBRARIES = {
-    "http": (("h2", "hpack", "httptools", "httpx", "httpcore", "starlette", "uvicorn"), "connect('http://a.example')"),
+    "http": (("anyio", "httpcore2", "httpx2", "hypercorn", "starlette", "uvicorn"), "connect('http://a.example')"),
     "grpc": (("grpc",), "connect('grpc://a.example:1')"),
     "redis": (("redis",), "open_store('redis://a.example/0')"),
     "s3": (("obstore",), "open_store('s3://a')"),

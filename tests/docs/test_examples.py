@@ -66,11 +66,11 @@ def conformance(module: ModuleType) -> list[tuple[str, Callable[[], None]]]:
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
-def test_a_block_is_left_out_only_for_want_of_a_hub_or_a_gpu(page: Path) -> None:
+def test_a_block_is_left_out_only_for_want_of_a_hub_a_gpu_or_vllm(page: Path) -> None:
     left_out = page.read_text().count("<!-- not run")
     reasons = [block.why for block in pages.blocks(page, "python") if block.why]
     assert len(reasons) == left_out
-    assert all("hub" in why or "GPU" in why for why in reasons)
+    assert all("hub" in why or "GPU" in why or "vLLM" in why for why in reasons)
 
 
 COMMANDS = [

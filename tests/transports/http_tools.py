@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from avp.protocols import Endpoint
 from avp.security import Security
-from avp.transports.http import HttpTransport
+from avp.testing.echo import ask
+from avp.transports.http import TRANSPORT, HttpTransport
 
 
 def run(scenario: Coroutine[object, object, None]) -> None:
@@ -70,6 +71,18 @@ async def read_answer(reader: asyncio.StreamReader, *, bodyless: bool = False) -
 
 async def get(url: str, path: str, fields: bytes = b"") -> Answer:
     return await raw(url, f"GET {path} HTTP/1.1\r\nHost: x\r\n".encode() + fields + b"\r\n")
+
+
+async def lives(url: str) -> None:
+    channel = TRANSPORT.connect(url, security=Security())
+    assert await ask(channel, "echo", {"n": 1}) == [{"n": 1}]
+    await channel.close()
+
+
+async def drip(writer: asyncio.StreamWriter, more: bytes) -> None:
+    while True:  # a byte now and then does not help
+        await asyncio.sleep(0.05)
+        writer.write(more)
 
 
 class Relay:

@@ -17,7 +17,10 @@ from avp.wire import encode_item, error_from_json
 
 
 class EchoEndpoint:
-    """An endpoint that does what its verb says: echo, count, fail, fail-late, crash, stream, blobs, hang, slow, who."""
+    """An endpoint that does what its verb says: echo, count, fail, fail-late, crash, stream, blobs, hang, slow, who.
+
+    As a transport may hold an answer back until all was sent, "echo" and "slow" answer when they have read all.
+    """
 
     def __init__(self, *, security: Security | None = None, limits: Limits | None = None) -> None:
         self._security = security or Security()
@@ -64,7 +67,7 @@ class EchoEndpoint:
             raise
 
     async def _echo(self, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
-        async for item in items:
+        for item in [item async for item in items]:
             yield item
 
     async def _count(self, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
@@ -102,8 +105,8 @@ class EchoEndpoint:
     async def _slow(self, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
         async for _ in items:
             self.taken += 1
-            yield {"taken": self.taken}
             await asyncio.sleep(0.01)
+        yield {"taken": self.taken}
 
 
 async def _number(items: AsyncIterator[Item]) -> int:

@@ -218,7 +218,7 @@ class TransportConformance:
 
             async with self.open(tmp_path) as (endpoint, channel, _):
                 answer = await ask_with(channel, "slow", many(endpoint))
-            assert answer[-1] == {"taken": 60}
+            assert answer == [{"taken": 60}]
             assert max(leads) <= self.lead, f"{max(leads)} blobs of 1 MiB were under way"
 
         self.run(law())
@@ -300,7 +300,7 @@ class TransportConformance:
                 call = asyncio.create_task(ask(channel, "slow", *({"n": n} for n in range(5))))
                 assert await asyncio.to_thread(endpoint.started.wait, 10)
                 await listener.close()
-                assert await call == [{"taken": n} for n in range(1, 6)]
+                assert await call == [{"taken": 5}]
 
         self.run(law())
 

@@ -1,4 +1,4 @@
-"""An HTTP server inside the running event loop: uvicorn's HTTP/1.1, our HTTP/2, and deadlines for both."""
+"""An HTTP server inside the running event loop: uvicorn's, or hypercorn's where HTTP/2 is wanted too; with limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import ssl
 from collections.abc import Collection
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -23,20 +23,18 @@ from avp.errors import UsageError
 from avp.protocols import Endpoint
 from avp.security import Security
 from avp.transports.address import authority, host_and_port, refuse_open
-from avp.transports.http import unreadable
-from avp.transports.http2_server import Connection, Http2Protocol
+from avp.transports.http_both import BothVersions
+from avp.transports.http_ends import keep_alive, unreadable
 from avp.transports.http_server import app
-from avp.transports.http_wire import keep_alive
 
 if TYPE_CHECKING:
     from avp.transports.http import HttpTransport
 
 LOG = logging.getLogger("avp")
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _READ = 1 << 20  # bytes that are read at once
 _KEPT = 75  # seconds that a connection may wait for the next request
 _FULL = b'{"error": {"type": "Busy", "message": "too many connections. Fix: try again later.", "retry_after": 1.0}}'
-_REFUSAL = (
+REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
     b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(_FULL), _FULL)
 )
@@ -50,7 +48,7 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
     It reads into memory that all connections share, and more at once than asyncio would.
     """
 
-    def __init__(self, *, config: Config, state: ServerState, rules: HttpTransport, memory: memoryview) -> None:
+    def __init__(self, config: Config, state: ServerState, *, rules: HttpTransport, memory: memoryview) -> None:
         super().__init__(config, state, {})
         self._memory = memory
         self.logger = LOG
@@ -62,8 +60,17 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._head = 0  # bytes of a head that is not complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        count = len(self.connections)
         super().connection_made(transport)
-        self._begin()
+        if count >= 2 * self._rules.connections:
+            transport.abort()
+        elif count >= self._rules.connections:
+            self._refused = True
+            transport.write(REFUSAL)
+            self._timer = self.loop.call_later(1.0, transport.close)  # what comes until then does not reset it
+        else:
+            keep_alive(transport.get_extra_info("socket"))
+            self._begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
@@ -136,71 +143,24 @@ class _Http1Protocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.transport.close()
 
 
-class _Gate(asyncio.Protocol):
-    """A new connection: refused if there are too many, else handed to the HTTP that it speaks."""
+class _Connections(Protocol):
+    """All connections of a listener."""
 
-    def __init__(self, doors: _Doors) -> None:
-        self._doors = doors
-        self._seen = b""
-        self._refused = False
-        self._timer: asyncio.TimerHandle | None = None
-        self.transport: asyncio.Transport
+    def protocol(self) -> asyncio.Protocol:
+        """The server's side of a new one."""
+        ...
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        keep_alive(transport)
-        rules, count = self._doors.rules, len(self._doors.connections)
-        loop = asyncio.get_running_loop()
-        if count >= 2 * rules.connections:
-            self.transport.abort()
-        elif count >= rules.connections:
-            self._doors.connections.add(self)
-            self._refused = True
-            self.transport.write(_REFUSAL)
-            self._timer = loop.call_later(1.0, self.transport.close)  # what comes until then does not reset it
-        elif (encrypted := transport.get_extra_info("ssl_object")) is not None:
-            self._switch(http2=encrypted.selected_alpn_protocol() == "h2")
-        elif not self._doors.http2:
-            self._switch(http2=False)
-        else:
-            self._doors.connections.add(self)
-            self._timer = loop.call_later(rules.head, self.transport.close)
-
-    def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
-        self._seen += data
-        if len(self._seen) >= len(_PREFACE) or not _PREFACE.startswith(self._seen):
-            self._switch(http2=self._seen.startswith(_PREFACE))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._leave()
-
-    def shutdown(self) -> None:
-        self.transport.close()
-
-    def _leave(self) -> None:
-        self._doors.connections.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _switch(self, *, http2: bool) -> None:
-        self._leave()
-        protocol = self._doors.protocol(http2=http2)
-        self.transport.set_protocol(protocol)
-        protocol.connection_made(self.transport)
-        if self._seen:
-            protocol.data_received(self._seen)
+    async def close(self) -> None:
+        """Let calls under way end, then end them."""
+        ...
 
 
-class _Doors:
-    """What the connections of a listener share."""
+class _Http1Connections:
+    """Those that speak HTTP/1.1."""
 
-    def __init__(self, web: ASGIApp, *, rules: HttpTransport, http2: bool) -> None:
-        self.rules, self.http2 = rules, http2
-        self.state = ServerState()
-        self.connections = cast("set[Connection]", self.state.connections)
-        self._web = web
+    def __init__(self, web: ASGIApp, *, rules: HttpTransport) -> None:
+        self._rules = rules
+        self._state = ServerState()
         self._memory = memoryview(bytearray(_READ))
         self._config = Config(
             web,
@@ -216,25 +176,37 @@ class _Doors:
         )
         self._config.load()
 
-    def protocol(self, *, http2: bool) -> asyncio.Protocol:
-        """The server's side of a connection that speaks HTTP/2, or HTTP/1.1."""
-        if not http2:
-            return _Http1Protocol(config=self._config, state=self.state, rules=self.rules, memory=self._memory)
-        return Http2Protocol(
-            self._web,
-            connections=self.connections,
-            tasks=self.state.tasks,
-            head=self.rules.head,
-            idle=_KEPT,
-            header=self.rules.header,
-        )
+    def protocol(self) -> asyncio.Protocol:
+        """See `_Connections`."""
+        return _Http1Protocol(self._config, self._state, rules=self._rules, memory=self._memory)
+
+    async def close(self) -> None:
+        """See `_Connections`."""
+        connections = cast("set[_Http1Protocol]", self._state.connections)
+        for connection in list(connections):
+            connection.shutdown()
+        await _until_empty(connections, self._rules.grace)
+        for connection in list(connections):
+            connection.transport.abort()
+        await _until_empty(self._state.tasks, 1.0)
+        for task in list(self._state.tasks):
+            task.cancel()
+        if self._state.tasks:
+            await asyncio.wait(self._state.tasks, timeout=1.0)
+
+
+async def _until_empty(things: Collection[object], seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while things:
+                await asyncio.sleep(0.01)
 
 
 class HttpListener:
     """An endpoint that is served by HTTP."""
 
-    def __init__(self, server: asyncio.Server, doors: _Doors, *, url: str) -> None:
-        self._server, self._doors, self._url = server, doors, url
+    def __init__(self, server: asyncio.Server, connections: _Connections, *, url: str) -> None:
+        self._server, self._connections, self._url = server, connections, url
 
     @property
     def url(self) -> str:
@@ -244,23 +216,7 @@ class HttpListener:
     async def close(self) -> None:
         """Take no more calls, let those under way end, then end them."""
         self._server.close()
-        connections, tasks = self._doors.connections, self._doors.state.tasks
-        for connection in list(connections):
-            connection.shutdown()
-        await self._until_empty(connections, self._doors.rules.grace)
-        for connection in list(connections):
-            connection.transport.abort()
-        await self._until_empty(tasks, 1.0)
-        for task in list(tasks):
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=1.0)
-
-    async def _until_empty(self, things: Collection[object], seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while things:
-                    await asyncio.sleep(0.01)
+        await self._connections.close()
 
 
 async def listen(endpoint: Endpoint, url: str, *, security: Security, rules: HttpTransport) -> HttpListener:
@@ -274,18 +230,19 @@ async def listen(endpoint: Endpoint, url: str, *, security: Security, rules: Htt
     web: ASGIApp = app(endpoint, security=security, idle=rules.idle)
     if path:
         web = Starlette(routes=[Mount(path, app=web)])
-    doors = _Doors(web, rules=rules, http2=security.http2)
-    loop = asyncio.get_running_loop()
+    connections: _Connections = (
+        BothVersions(web, rules=rules, refusal=REFUSAL) if security.http2 else _Http1Connections(web, rules=rules)
+    )
     sock = await _bind(host, port, url)
-    server = await loop.create_server(
-        lambda: _Gate(doors),
+    server = await asyncio.get_running_loop().create_server(
+        connections.protocol,
         sock=sock,
         ssl=tls,
         ssl_handshake_timeout=rules.head if tls else None,
         ssl_shutdown_timeout=1.0 if tls else None,
     )
     found = authority(host, sock.getsockname()[1])
-    return HttpListener(server, doors, url=f"{rules.scheme}://{found}{path}")
+    return HttpListener(server, connections, url=f"{rules.scheme}://{found}{path}")
 
 
 async def _bind(host: str, port: int, url: str) -> socket.socket:
@@ -298,6 +255,7 @@ async def _bind(host: str, port: int, url: str) -> socket.socket:
             f"{url} cannot be listened at: {error.strerror or error}. "
             "Fix: use an address of this machine and a free port; port 0 takes any."
         ) from error
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets have it too; asyncio does not set it
     sock.setblocking(False)
     return sock
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import Protocol, runtime_checkable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,31 +26,46 @@ from avp.errors import (
     AVPError,
     BundleError,
     Busy,
+    ContextTooLong,
     HandleExpired,
+    IdentityMismatch,
     LimitExceeded,
     NoAgreement,
     SegmentMissing,
+    TimedOut,
     UsageError,
 )
 from avp.protocols import Endpoint, Event, Item
 from avp.security import Caller, Security
 from avp.transports.answers import answers
-from avp.transports.http import VERB
 from avp.transports.http_body import Body
 from avp.transports.http_downloads import Downloads, ServeBundle
-from avp.wire import CONTENT_TYPE, encode, error_to_json
+from avp.transports.http_ends import VERB
+from avp.wire import CHUNK, CONTENT_TYPE, encode, error_to_json
 
 LOG = logging.getLogger("avp")
 _STATUS: Sequence[tuple[type[AVPError], int]] = (
     (AccessDenied, 401),
     (HandleExpired, 404),
     (SegmentMissing, 404),
+    (TimedOut, 408),
     (NoAgreement, 409),
+    (IdentityMismatch, 409),
     (LimitExceeded, 413),
+    (ContextTooLong, 413),
     (BundleError, 400),
     (UsageError, 400),
     (Busy, 503),
 )
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """An endpoint that is also asked at paths of its own."""
+
+    def routes(self, *, security: Security, idle: float) -> Sequence[BaseRoute]:
+        """The routes; security and idle as those of `app`."""
+        ...
 
 
 def app(endpoint: Endpoint, *, security: Security, extra: Sequence[BaseRoute] = (), idle: float = 30.0) -> Starlette:
@@ -59,6 +75,7 @@ def app(endpoint: Endpoint, *, security: Security, extra: Sequence[BaseRoute] = 
     """
     routes: list[BaseRoute] = [
         *extra,
+        *(endpoint.routes(security=security, idle=idle) if isinstance(endpoint, Routed) else ()),
         Route("/health", _health, methods=["GET"]),
         Route("/avp/v1/hello", Hello(endpoint, security), methods=["GET"]),
         Route("/avp/v1/{verb:str}", Calls(endpoint, security, idle), methods=["POST"]),
@@ -113,8 +130,10 @@ class Calls:
             await send(_start(200, CONTENT_TYPE))
             async with ended(encode(_rest(first, answer))) as chunks:
                 async for chunk in chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                    await asyncio.sleep(0)  # `send` need not wait, not even where the client is gone
+                    for start in range(0, len(chunk), CHUNK):  # the server copies each
+                        piece = chunk[start : start + CHUNK]
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                        await asyncio.sleep(0)  # `send` need not wait, not even where the client is gone
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
