@@ -174,7 +174,7 @@ async def begun(url: str, route: str, *, length: int, body: bytes) -> Answer:
 
 @pytest.mark.parametrize(
     ("quota", "limits", "status"),
-    [(Quota(memory=2**20), Limits(), 503), (Quota(tenant=2**20), Limits(), 503), (Quota(), Limits(bytes=2**20), 413)],
+    [(Quota(memory=2**20), Limits(), 413), (Quota(tenant=2**20), Limits(), 503), (Quota(), Limits(bytes=2**20), 413)],
 )
 def test_a_frame_for_which_there_is_no_room_is_refused_after_its_metadata(
     quota: Quota, limits: Limits, status: int
