@@ -4,13 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format docs bench ci clean models servers
+.PHONY: demo test test-vllm vllm-env llamacpp bench-vllm check format docs bench ci clean models servers
 
 demo: $(STAMP)  ## four agents, four ways to hand over, on the default model
 	$(BIN)/avp demo --fixed-length
 
-test: $(STAMP) models  ## the whole test suite
-	$(BIN)/pytest --cov=avp --cov-branch --cov-report=term:skip-covered --cov-fail-under=94
+test: $(STAMP) models llamacpp  ## the whole test suite; vLLM's part if its environment is there
+	AVP_VLLM_PYTHON=$$(tools/vllm_env.sh --check) $(BIN)/pytest --cov=avp --cov-branch --cov-report=term:skip-covered --cov-fail-under=94
+
+llamacpp: $(STAMP)  ## llama-cpp-python, built once into the user's cache; where it cannot be built, its tests are skipped
+	-$(BIN)/python tools/llamacpp_wheel.py
+
+test-vllm: $(STAMP) models vllm-env  ## vLLM's part alone
+	AVP_VLLM_PYTHON=$$(tools/vllm_env.sh --check) $(BIN)/pytest -q tests/vllm
+
+vllm-env:  ## vLLM's environment, in the user's cache; where it cannot be built, one line says why
+	-tools/vllm_env.sh
+
+bench-vllm: $(STAMP) models vllm-env  ## the plug-in's figures
+	$(BIN)/python tests/vllm/measure.py --python $$(tools/vllm_env.sh --check)
 
 check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -27,6 +39,7 @@ docs: $(STAMP)  ## the site, into site/
 
 bench: $(STAMP) models  ## the figures under docs/bench, with the peer in an environment of its own
 	$(BIN)/avp bench perf --out docs/bench
+	$(BIN)/avp bench net --out docs/bench
 	$(BIN)/avp bench chain --data ../shared/data/gsm8k.jsonl --limit 3 --agents 4 --out docs/bench
 	$(BIN)/avp bench chain --data ../shared/data/gsm8k.jsonl --limit 1 --agents 16 --name chain-16 --out docs/bench
 	$(BIN)/avp bench latent --limit 100 --out docs/bench
@@ -40,7 +53,7 @@ models: $(STAMP)  ## the two small models, into the user's cache
 	$(BIN)/avp models get smollm2
 	$(BIN)/avp models get gemma3
 
-ci: check servers test docs
+ci: check servers vllm-env test docs
 	@echo "ci: done; left out: make bench (timings, and the peer's environment)"
 
 $(STAMP): pyproject.toml constraints.txt

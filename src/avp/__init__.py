@@ -44,6 +44,8 @@ from avp.stores import open_store
 
 if TYPE_CHECKING:
     from avp.connectors.huggingface import HuggingFaceConnector
+    from avp.connectors.llamacpp import LlamaCppConnector
+    from avp.connectors.vllm import VLLMConnector
 
 __version__ = "0.1.0"
 
@@ -70,6 +72,7 @@ __all__ = [
     "LayerLayout",
     "LimitExceeded",
     "Limits",
+    "LlamaCppConnector",
     "Manifest",
     "Message",
     "MissingExtra",
@@ -92,6 +95,7 @@ __all__ = [
     "UnsupportedCache",
     "Usage",
     "UsageError",
+    "VLLMConnector",
     "clear_cache",
     "connect",
     "connect_async",
@@ -106,13 +110,15 @@ __all__ = [
     "unpack",
 ]
 
+_CONNECTORS = {"HuggingFaceConnector": "huggingface", "LlamaCppConnector": "llamacpp", "VLLMConnector": "vllm"}
+
 
 def __getattr__(name: str) -> object:
     """Connectors and `avp.testing` are imported at their first use: `import avp` needs no torch."""
-    if name == "HuggingFaceConnector":
+    if name in _CONNECTORS:
         from avp import registry
 
-        return registry.load("avp.connectors", "huggingface")
+        return registry.load("avp.connectors", _CONNECTORS[name])
     if name == "testing":
         return importlib.import_module("avp.testing")
     raise AttributeError(f"module 'avp' has no attribute {name!r}")

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import cast
+from typing import Protocol, cast
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from avp.context import Context, Turn
 from avp.errors import UsageError
@@ -38,11 +37,39 @@ class Plan:
     open: bool = False  # what follows belongs to the last turn: an assistant's that has not ended, or raw ids
 
 
+class ChatText(Protocol):
+    """What the renderer asks of a tokenizer, whichever engine it comes from."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations are rendered by a template; else messages are joined as they are."""
+        ...
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Ids of a text in which special tokens may be spelled out; `special`: with those that begin a sequence."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None,
+        reply: bool,
+        variables: Mapping[str, object],
+    ) -> str:
+        """The conversation by the template; `reply`: and the beginning of an assistant's turn.
+
+        Raises:
+            TemplateError, TypeError, ValueError: the template refuses it.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Renderer:
     """Renders for one tokenizer and a model of `vocabulary` ids."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: ChatText
     vocabulary: int
 
     def extend(self, context: Context | None, prompt: Prompt, *, template: Mapping[str, object], reply: bool) -> Plan:
@@ -129,10 +156,7 @@ class Renderer:
 
     def _encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of a piece of rendered text; a template writes its own BOS, plain text gets the tokenizer's."""
-        special = first and not self.tokenizer.chat_template
-        return cast(
-            list[int], self.tokenizer(text, add_special_tokens=special, return_attention_mask=False)["input_ids"]
-        )
+        return self.tokenizer.encode(text, special=first and not self.tokenizer.has_template)
 
     def text(self, turns: Sequence[Turn], *, template: Mapping[str, object], reply: bool) -> str:
         """The conversation as text; latent positions show as a mark.
@@ -143,7 +167,7 @@ class Renderer:
         shown = [
             {**turn.message, "content": _MARK + turn.content} if turn.opaque else dict(turn.message) for turn in turns
         ]
-        if not self.tokenizer.chat_template:
+        if not self.tokenizer.has_template:
             return "".join(str(message.get("content") or "") for message in shown)
         _arguments(template)
         problem: Exception | None = None
@@ -158,14 +182,7 @@ class Renderer:
 
     def _apply(self, shown: list[dict[str, object]], template: Mapping[str, object], reply: bool) -> str:
         tools, extra = _arguments(template)
-        rendered = self.tokenizer.apply_chat_template(
-            shown,
-            tools=tools,
-            add_generation_prompt=reply,
-            tokenize=False,
-            **extra,
-        )
-        return cast(str, rendered)
+        return self.tokenizer.render(shown, tools=tools, reply=reply, variables=extra)
 
 
 def _is_open(context: Context) -> bool:

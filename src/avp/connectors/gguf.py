@@ -8,7 +8,6 @@ change in float16, 97 % in bfloat16).
 from __future__ import annotations
 
 import json
-import mmap
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -18,18 +17,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from blake3 import blake3
 from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers.utils import logging as hf_logging
 
+from avp.connectors.gguf_header import file_digest, read_header
 from avp.connectors.models import Progress
 from avp.errors import ModelNotFound, UsageError
 
 FORMAT = 1
 MARK = "avp.json"
-
-_STRING, _ARRAY = 8, 9
-_WIDTH = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def convert(gguf_path: Path, out: Path, *, progress: Progress | None = None) -> Path:
@@ -45,7 +41,7 @@ def convert(gguf_path: Path, out: Path, *, progress: Progress | None = None) -> 
     """
     if not gguf_path.is_file() or not gguf_path.stat().st_size:
         raise ModelNotFound(f"{gguf_path} is no file, or an empty one.\nFix: name a GGUF file, or a built-in model.")
-    splitter, mark = _metadata_string(gguf_path, "tokenizer.ggml.pre"), _mark(gguf_path)
+    splitter, mark = read_header(gguf_path).text("tokenizer.ggml.pre"), _mark(gguf_path)
     if _is_made_from(out, mark=mark):
         return out
     if out.exists() and not (out / MARK).is_file():
@@ -126,8 +122,7 @@ def _put_in_place(fresh: Path, out: Path, *, aside: Path, mark: dict[str, str | 
 
 
 def _mark(gguf_path: Path) -> dict[str, str | int]:
-    digest = blake3(max_threads=blake3.AUTO).update_mmap(gguf_path).hexdigest()
-    return {"gguf_blake3": digest, "gguf_name": gguf_path.name, "avp": FORMAT}
+    return {"gguf_blake3": file_digest(gguf_path), "gguf_name": gguf_path.name, "avp": FORMAT}
 
 
 def _is_made_from(out: Path, *, mark: dict[str, str | int]) -> bool:
@@ -136,51 +131,6 @@ def _is_made_from(out: Path, *, mark: dict[str, str | int]) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and all(found.get(key) == mark[key] for key in ("gguf_blake3", "avp"))
-
-
-def _metadata_string(gguf_path: Path, wanted: str) -> str:
-    """Read one string of the GGUF header, or ""; `gguf.GGUFReader` takes 11 s for Gemma's, every token being an array.
-
-    <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>: magic, u32 version, u64 tensors, u64 pairs, then pairs.
-    """
-    with gguf_path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
-        if blob[:4] != b"GGUF":
-            raise UsageError(
-                f"{gguf_path} is not a GGUF file: it does not begin with the bytes GGUF.\nFix: get it again."
-            )
-        try:
-            (pairs,), at = struct.unpack_from("<Q", blob, 16), 24
-            for _ in range(pairs):
-                key, at = _string(blob, at)
-                (kind,) = struct.unpack_from("<I", blob, at)
-                if key == wanted.encode() and kind == _STRING:
-                    return _string(blob, at + 4)[0].decode()
-                at = _skip(blob, at + 4, kind=kind)
-        except (struct.error, KeyError) as error:
-            raise UsageError(
-                f"{gguf_path} is not a GGUF file that can be read: its header breaks off.\nFix: get it again."
-            ) from error
-    return ""
-
-
-def _string(blob: mmap.mmap, at: int) -> tuple[bytes, int]:
-    (length,) = struct.unpack_from("<Q", blob, at)
-    return blob[at + 8 : at + 8 + length], at + 8 + length
-
-
-def _skip(blob: mmap.mmap, at: int, *, kind: int) -> int:
-    """Return the offset behind the value of this kind that begins at `at`."""
-    if kind == _STRING:
-        return at + 8 + int(struct.unpack_from("<Q", blob, at)[0])
-    if kind != _ARRAY:
-        return at + _WIDTH[kind]
-    element, count = struct.unpack_from("<IQ", blob, at)
-    at += 12
-    if element in _WIDTH:
-        return at + int(count) * _WIDTH[element]
-    for _ in range(count):
-        at = _skip(blob, at, kind=element)
-    return at
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

@@ -27,8 +27,10 @@ from avp.connectors.cache import PositionCounter, RunCache
 from avp.connectors.chat import Plan, Renderer, template_of, with_reply, with_thought, with_work
 from avp.connectors.embeddings import Tables
 from avp.connectors.layout import cache_layout
-from avp.connectors.sampling import Sampling, Stream, eos_ids, run_generate
+from avp.connectors.options import Sampling
+from avp.connectors.sampling import Stream, eos_ids, run_generate
 from avp.connectors.state import ENGINE, dtype_name, from_segments, make_context, to_buffer, to_tensor
+from avp.connectors.tokenizer import TransformersText
 from avp.connectors.weights import tokenizer_fingerprint, vocabulary, weights_fingerprint
 from avp.context import Context
 from avp.errors import ContextTooLong, UsageError
@@ -36,6 +38,8 @@ from avp.identity import ModelIdentity
 from avp.protocols import Prompt, Step
 from avp.receipt import Generation, Receipt, Usage
 from avp.segment import LATENT, SEGMENT, Exactness
+
+_SCORED = 256  # positions whose logits are held at once by `score`
 
 
 class HuggingFaceConnector:
@@ -68,7 +72,7 @@ class HuggingFaceConnector:
         self.engine = ENGINE
         self.dtype = dtype_name(model.dtype)
         self._shape = Shape(layout, model.dtype, model.device)
-        self._renderer = Renderer(tokenizer, model.get_input_embeddings().weight.shape[0])
+        self._renderer = Renderer(TransformersText(tokenizer), model.get_input_embeddings().weight.shape[0])
         self._snapshots: weakref.WeakKeyDictionary[Context, Snapshot] = weakref.WeakKeyDictionary()
         self._steps: dict[str, Step] = {}
         self._lock = threading.Lock()
@@ -385,8 +389,7 @@ class HuggingFaceConnector:
             return self._context(cache, plan, context)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _step(self, method: str) -> Step:
         with self._lock:
@@ -395,6 +398,3 @@ class HuggingFaceConnector:
                 with torch.no_grad():
                     self._steps[method] = registry.projection(method).fit(tables, tables)
             return self._steps[method]
-
-
-_SCORED = 256  # positions whose logits are held at once by `score`

@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from avp.connectors import gguf, models
-from avp.connectors.weights import keep_fingerprint, kept_fingerprint, replace_text, weights_fingerprint
+from avp.connectors.gguf_header import file_digest, read_header
+from avp.connectors.weights import (
+    keep_fingerprint,
+    kept_fingerprint,
+    replace_text,
+    rules_fingerprint,
+    weights_fingerprint,
+)
 from avp.errors import ModelNotFound, UsageError
 from avp.folders import cache_dir
 
@@ -40,7 +46,9 @@ def load(name: str | Path, *, device: str | torch.device | None, dtype: str | to
     precision = pick_dtype(dtype, where)
     folder = resolve(name)
     model, weights = _load(folder, name, precision)
-    return Loaded(model.to(precision).to(where).eval(), _tokenizer(folder), title(name), weights)
+    tokenizer = _tokenizer(folder)
+    _note_tokenizer(folder, name, tokenizer)
+    return Loaded(model.to(precision).to(where).eval(), tokenizer, title(name), weights)
 
 
 def resolve(name: str | Path) -> str | Path:
@@ -53,8 +61,7 @@ def resolve(name: str | Path) -> str | Path:
     if path.suffix == ".gguf" or path.is_file():
         if not path.is_file():
             raise ModelNotFound(f"there is no file {path}. Fix: check the path.")
-        digest = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-        return gguf.convert(path, cache_dir() / "converted" / digest[:32])
+        return gguf.convert(path, cache_dir() / "converted" / file_digest(path)[:32])
     if path.is_dir():
         return path
     if path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2:
@@ -142,6 +149,21 @@ def gguf_digest(checkpoint: Path, values: str) -> str | None:
         with contextlib.suppress(OSError):
             replace_text(note, json.dumps(kept))
     return str(kept["gguf_blake3"]) if kept["values"] == values else None
+
+
+def _note_tokenizer(folder: str | Path, name: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Note beside a conversion what the GGUF file's own tokenizer is named by, bound to the rules that it became.
+
+    transformers spells the rules in its own way; the file is what engines share.
+    """
+    note = Path(folder) / gguf.MARK
+    builtin = str(name) in models.BUILTIN
+    source = models.converted(str(name)).parent / "model.gguf" if builtin else Path(name).expanduser()
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(note.read_text())
+        if "tokenizer" not in kept and source.is_file():
+            kept["tokenizer"] = {"rules": rules_fingerprint(tokenizer), "gguf": read_header(source).tokenizer}
+            replace_text(note, json.dumps(kept))
 
 
 def _tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -103,6 +103,18 @@ def weight_files(checkpoint: Path) -> list[Path]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What engines name the tokenizer of a GGUF file by, if it was made from one and still has the rules it had then;
+    else the fingerprint of its rules.
+    """
+    rules = rules_fingerprint(tokenizer)
+    try:
+        kept = json.loads((Path(tokenizer.name_or_path) / "avp.json").read_text())["tokenizer"]
+        return str(kept["gguf"]) if kept["rules"] == rules else rules
+    except (OSError, ValueError, KeyError, TypeError):
+        return rules
+
+
+def rules_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """BLAKE3 of everything that turns text into ids: vocabulary, merges, normalizer, pre-tokenizer, special tokens."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())

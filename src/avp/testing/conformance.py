@@ -10,15 +10,34 @@ class TestMine(ConnectorConformance):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from avp.context import Context
 from avp.errors import ContextTooLong, IdentityMismatch
+from avp.protocols import Connector, Prompt
+from avp.receipt import Generation
 
-if TYPE_CHECKING:
-    from avp.connectors.huggingface import HuggingFaceConnector
+
+class Continuing(Connector, Protocol):
+    """A connector with all that the laws use: `Connector` is what an endpoint needs of it."""
+
+    def generate(
+        self,
+        prompt: Prompt = "",
+        *,
+        context: Context | None = None,
+        max_new_tokens: int = 512,
+        min_new_tokens: int = 0,
+        accept: str = "exact",
+    ) -> Generation:
+        """As `Connector`; no end of a turn before `min_new_tokens`."""
+        ...
+
+    def score(self, ids: Sequence[int], *, context: Context | None = None) -> Iterable[float]:
+        """Log-probability of each id."""
+        ...
 
 
 class Engine(Protocol):
@@ -36,11 +55,11 @@ class ConnectorConformance:
     then: Sequence[int] = tuple(range(70, 85))
     new_tokens = 12
 
-    def connector(self) -> HuggingFaceConnector:
+    def connector(self) -> Continuing:
         """The connector under test."""
         raise NotImplementedError
 
-    def stranger(self) -> HuggingFaceConnector:
+    def stranger(self) -> Continuing:
         """A connector of other weights in the same shapes."""
         raise NotImplementedError
 
@@ -48,9 +67,7 @@ class ConnectorConformance:
         """The engine alone, over the same weights."""
         raise NotImplementedError
 
-    def go(
-        self, connector: HuggingFaceConnector, context: Context, ids: Sequence[int] | None = None
-    ) -> tuple[int, ...]:
+    def go(self, connector: Continuing, context: Context, ids: Sequence[int] | None = None) -> tuple[int, ...]:
         """Greedy tokens after `ids`, exactly `new_tokens` of them."""
         found = connector.generate(
             list(self.then if ids is None else ids),
