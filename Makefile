@@ -43,6 +43,8 @@ bench: $(STAMP) models  ## the figures under docs/bench, with the peer in an env
 	$(BIN)/avp bench chain --data ../shared/data/gsm8k.jsonl --limit 3 --agents 4 --out docs/bench
 	$(BIN)/avp bench chain --data ../shared/data/gsm8k.jsonl --limit 1 --agents 16 --name chain-16 --out docs/bench
 	$(BIN)/avp bench latent --limit 100 --out docs/bench
+	$(BIN)/avp bench llamacpp --out docs/bench
+	$(BIN)/avp bench engines --data ../shared/data/wikitext2_test.txt --out docs/bench
 	$(BIN)/python docs/make_benchmarks.py
 
 servers:  ## a Redis for the tests, where the system's packages may be installed

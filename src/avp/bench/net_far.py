@@ -14,7 +14,7 @@ from typing import IO
 
 from avp.errors import AVPError
 
-_TIMEOUT = 300.0  # seconds for one answer
+TIMEOUT = 300.0  # seconds for one answer
 Given = Mapping[str, object]
 
 
@@ -25,8 +25,8 @@ class FarFailed(AVPError):
 class Far:
     """The near end. Made by `running`; `ready` is what it said first."""
 
-    def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
-        self._process, self._errors = process, errors
+    def __init__(self, process: subprocess.Popen[str], errors: IO[str], timeout: float) -> None:
+        self._process, self._errors, self._timeout = process, errors, timeout
         self.ready = self._answer()
 
     def ask(self, call: str, given: Given | None = None) -> Mapping[str, object]:
@@ -46,7 +46,7 @@ class Far:
         return float(str(self.ask(call, given)["value"]))
 
     def _answer(self) -> Mapping[str, object]:
-        watch = threading.Timer(_TIMEOUT, self._process.kill)
+        watch = threading.Timer(self._timeout, self._process.kill)
         watch.start()
         try:
             line = self._process.stdout.readline() if self._process.stdout else ""
@@ -64,8 +64,9 @@ class Far:
 
 
 @contextmanager
-def running(command: Sequence[str], *, bare: bool = False) -> Iterator[Far]:
+def running(command: Sequence[str], *, bare: bool = False, timeout: float = TIMEOUT) -> Iterator[Far]:
     """A process of that command, ended behind the block; `bare`: without Python's variables of this environment.
+    timeout: seconds for one answer.
 
     Raises:
         FarFailed: it did not come up.
@@ -80,7 +81,7 @@ def running(command: Sequence[str], *, bare: bool = False) -> Iterator[Far]:
             raise FarFailed(f"{command[0]} does not run: {error.strerror}. Fix: check its path.") from error
         with process:
             try:
-                yield Far(process, errors)
+                yield Far(process, errors, timeout)
             finally:
                 process.kill()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from avp.bench import chain, latent, net, perf
+from avp.bench import chain, engines, latent, llamacpp, net, perf
 
 
 @click.group()
@@ -16,3 +16,5 @@ bench.add_command(chain.command, "chain")
 bench.add_command(latent.command, "latent")
 bench.add_command(perf.command, "perf")
 bench.add_command(net.command, "net")
+bench.add_command(engines.command, "engines")
+bench.add_command(llamacpp.command, "llamacpp")

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from avp.cli.connection import CLASSES, connection, connection_options, reached
-from avp.cli.source import load_bundle, load_connector, read_text
+from avp.cli.source import engine_option, load_bundle, load_connector, read_text
 from avp.cli.words import document, handle_to_json, say_receipt
 from avp.context import Context, text_context
 from avp.errors import UsageError
@@ -27,6 +27,7 @@ from avp.telemetry import Trace, listening
 @click.option("--prompt", metavar="TEXT", help="Compute this here instead, and send it while it is computed.")
 @click.option("--prompt-file", metavar="FILE", help="The same, from a file; - for stdin.")
 @click.option("--model", metavar="NAME", help="What computes the prompt; without it the prompt goes as text.")
+@engine_option
 @click.option("--accept", type=CLASSES, default="exact", show_default=True, help="The worst class that will do.")
 @click.option(
     "--policy", type=click.Choice(POLICIES), default="best", show_default=True, help="The best mode, or the fastest."
@@ -44,6 +45,7 @@ def send(
     prompt: str | None,
     prompt_file: str | None,
     model: str | None,
+    engine: str,
     accept: str,
     policy: str,
     codec: str | None,
@@ -55,7 +57,7 @@ def send(
     The handle goes to stdout, alone, so that H=$(avp send ...) works; what was done goes to stderr. Only what the other
     agent lacks travels.
     """
-    content, connector = _content(file, _prompt(prompt, prompt_file), model)
+    content, connector = _content(file, _prompt(prompt, prompt_file), model, engine)
     own = Own("avp send", connector, accept=Exactness.parse(accept))
     with _traced(trace), reached(url, own=own) as remote:
         handle = remote.hand_over(content, policy=policy, codec=codec, timeout=connection().timeout)
@@ -77,7 +79,9 @@ def _prompt(prompt: str | None, prompt_file: str | None) -> str | None:
     return prompt if prompt_file is None else read_text(prompt_file)
 
 
-def _content(file: Path | None, prompt: str | None, model: str | None) -> tuple[Context | Prompt, Connector | None]:
+def _content(
+    file: Path | None, prompt: str | None, model: str | None, engine: str
+) -> tuple[Context | Prompt, Connector | None]:
     """What is handed over, and the model that computes it."""
     if (file is None) == (prompt is None):
         raise UsageError("one thing is handed over. Fix: name a bundle, or give --prompt or --prompt-file.")
@@ -86,7 +90,7 @@ def _content(file: Path | None, prompt: str | None, model: str | None) -> tuple[
             raise UsageError("a bundle names its model. Fix: leave --model out.")
         return load_bundle(file), None
     text = prompt or ""
-    return (text_context(text), None) if model is None else (text, load_connector(model))
+    return (text_context(text), None) if model is None else (text, load_connector(model, engine=engine))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import click
 from avp import transports
 from avp.agent import Agent, serve_async
 from avp.cli.connection import CLASSES, PEM
-from avp.cli.source import load_connector
+from avp.cli.source import engine_option, load_connector
 from avp.cli.words import say
 from avp.errors import UsageError
 from avp.folders import machine_secret
@@ -56,11 +56,14 @@ _TIME = _amount(MappingProxyType({"s": 1, "m": 60, "h": 3600, "d": 86400}))
 
 @click.command()
 @click.option("--listen", "urls", multiple=True, required=True, metavar="URL", help="Where. May be given again.")
-@click.option("--model", default="smollm2", show_default=True, help="Built-in name, folder, .gguf file or hub id.")
+@click.option(
+    "--model", default="smollm2", show_default=True, help="Built-in name, folder, .gguf file, hub id or ollama:NAME."
+)
+@engine_option
 @click.option("--no-model", is_flag=True, help="Keep and give contexts only.")
 @click.option("--name", help="What others call it; by default the model's name.")
-@click.option("--device", help="cuda, mps or cpu; by default the first that is there.")
-@click.option("--dtype", help="float32, float16 or bfloat16.")
+@click.option("--device", help="cuda, mps or cpu, for llama.cpp gpu or cpu; by default the first that is there.")
+@click.option("--dtype", help="float32, float16 or bfloat16; of llama.cpp's cache float16, float32 or q8_0.")
 @click.option("--store", default="disk:", show_default=True, metavar="URL", help="Where segments are kept.")
 @click.option(
     "--memory",
@@ -123,6 +126,7 @@ def serve(
     *,
     urls: tuple[str, ...],
     model: str,
+    engine: str,
     no_model: bool,
     name: str | None,
     device: str | None,
@@ -158,7 +162,7 @@ def serve(
     security = Security(token, MappingProxyType(tokens), client_ca, tls_cert, tls_key, insecure, http2)
     _check(urls, security)
     check_hashes(trust_model_hash)
-    connector = None if no_model else load_connector(model, device=device, dtype=dtype)
+    connector = None if no_model else load_connector(model, engine=engine, device=device, dtype=dtype)
     agent = Agent(
         connector,
         name=name or ("keeper" if no_model else Path(model).name),

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import unquote, urlsplit
 
+import click
+
 from avp import registry
 from avp.cli.connection import connection, reached
 from avp.cli.progress import ensure_model
@@ -22,6 +24,12 @@ from avp.segment import Exactness
 
 if TYPE_CHECKING:
     from avp.connectors.huggingface import HuggingFaceConnector
+    from avp.connectors.llamacpp import LlamaCppConnector
+
+ENGINES = ("huggingface", "llamacpp")  # those of avp.connectors that load a model by its name alone
+engine_option = click.option(
+    "--engine", type=click.Choice(ENGINES), default=ENGINES[0], show_default=True, help="What runs the model."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +55,19 @@ def read_text(file: str) -> str:
         raise UsageError(f"{file} is no UTF-8 text. Fix: write it in UTF-8.") from error
 
 
-def load_connector(name: str, *, device: str | None = None, dtype: str | None = None) -> HuggingFaceConnector:
-    """The model of that name, fetched first where it is built in and not here yet.
+def load_connector(
+    name: str, *, engine: str = ENGINES[0], device: str | None = None, dtype: str | None = None
+) -> HuggingFaceConnector | LlamaCppConnector:
+    """The model of that name in an engine, fetched first where it is built in and not here yet.
 
     Raises:
-        ModelNotFound, UnsupportedCache, MissingExtra: see `HuggingFaceConnector.from_pretrained`.
+        ModelNotFound, UnsupportedCache, MissingExtra: see `from_pretrained` of the engine's connector.
         UsageError: a device that is not here.
     """
-    kind = cast("type[HuggingFaceConnector]", registry.load("avp.connectors", "huggingface"))
-    _quiet()
-    ensure_model(name)
+    kind = cast("type[HuggingFaceConnector] | type[LlamaCppConnector]", registry.load("avp.connectors", engine))
+    if engine == ENGINES[0]:  # the other one reads the GGUF file as it is
+        _quiet()
+        ensure_model(name)
     say(f"loading {name} …")
     try:
         return kind.from_pretrained(name, device=device, dtype=dtype)
